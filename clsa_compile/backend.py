@@ -1,0 +1,179 @@
+"""The backend: `torch.compile(model, backend="clsa")`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from clsa_compile.capture.dynamo import capture, subclass_input, uses_autocast
+from clsa_compile.config import Options
+from clsa_compile.dump import Dump
+from clsa_compile.errors import ClsaError, MissingTritonError, StrictError
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.sites import Reason
+from clsa_compile.ir.variants import Variant
+from clsa_compile.passes.lower import Choice
+from clsa_compile.passes.pipeline import carry_out, decide, uuid
+
+log = logging.getLogger("clsa_compile")
+
+Compiled = Callable[..., Any]
+
+
+class ClsaWarning(UserWarning):
+    """Something was left as it was; the message says what, why, and the way out."""
+
+
+def clsa(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles one Dynamo graph: attention through clsa, everything else through Inductor.
+
+    Raises OptionError for options that cannot be, and StrictError with `strict` where something would
+    be left as it was. Whatever fails otherwise is compiled by Inductor as it came, and a warning says so.
+    """
+    chosen = Options.read(options, mode)
+    left = _left_whole(gm, example_inputs)
+    if left is not None:
+        return _inductor_alone(gm, example_inputs, chosen, *left)
+    try:
+        module = transform(gm, chosen)
+    except StrictError:
+        raise
+    except ClsaError as error:
+        if chosen.strict:
+            raise
+        return _inductor_alone(gm, example_inputs, chosen, Reason.CAPTURE, str(error))
+    return _inductor(module, example_inputs, chosen)
+
+
+def transform(gm: GraphModule, options: Options) -> GraphModule:
+    """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched."""
+    captured = capture(gm)
+    dump = Dump.open(options.dump)
+    dump.graph("captured", captured)
+    decision = decide(captured)
+    dump.plan(decision.plan)
+    _count(decision.plan)
+    _report_left(decision.plan, options)
+    if not any(entry.action != "left" for entry in decision.plan.sites):
+        return gm  # nothing to gain from another dialect
+    captured, choices = carry_out(
+        captured, decision, variants_for(captured), _wrap_triton, dump.graph
+    )
+    dump.choices(choices)
+    _count_choices(decision.plan)
+    _log(decision.plan, choices)
+    return captured.module
+
+
+def variants_for(captured: Captured) -> tuple[Variant, ...]:
+    """Returns the kernels for a graph's device: none on a CPU. Raises MissingTritonError."""
+    devices = {
+        node.meta["val"].device.type
+        for node in captured.graph.nodes
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    if "cuda" not in devices:
+        return ()
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise MissingTritonError from error
+    from clsa_compile.kernels.catalog import VARIANTS
+
+    return VARIANTS
+
+
+def _wrap_triton(kernel: Any) -> Any:
+    return torch.library.wrap_triton(kernel)
+
+
+def _left_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Reason, str] | None:
+    """Returns why a graph must be left alone as a whole, or None."""
+    needs_gradients = torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    )
+    if needs_gradients:
+        return Reason.TRAINING, "it needs gradients; run it under torch.no_grad() to have it compiled by clsa"
+    if uses_autocast(gm):
+        return Reason.AUTOCAST, "autocast is on; cast the model (model.to(torch.bfloat16)) to have it compiled by clsa"
+    subclass = subclass_input(gm)
+    if subclass is not None:
+        return Reason.SUBCLASS, f"the input {subclass}, a tensor subclass"
+    return None
+
+
+def _inductor_alone(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, reason: Reason, detail: str
+) -> Compiled:
+    counters["clsa"][f"left_graphs_{reason}"] += 1
+    message = f"clsa left a graph to Inductor ({reason}): {detail}"
+    if options.strict:
+        raise StrictError(message)
+    _warn_once(reason, message)
+    log.info(message)
+    return _inductor(gm, example_inputs, options)
+
+
+@cache
+def _warn_once(key: str, message: str) -> None:
+    warnings.warn(message, ClsaWarning, stacklevel=2)
+
+
+def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
+    patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    patches.update(options.inductor)
+    # Part of the keys of both caches: another pipeline or other options never find this graph.
+    tag = f"clsa:{uuid()}:{options.identity()}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        return compile_fx(gm, example_inputs, config_patches=patches or None)  # type: ignore[arg-type, no-any-return]
+
+
+def _report_left(plan: Plan, options: Options) -> None:
+    left = [entry for entry in plan.sites if entry.action == "left"]
+    if not left:
+        return
+    lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
+    message = f"clsa left {len(left)} of {len(plan.sites)} attentions as they were: {lines}"
+    if options.strict:
+        raise StrictError(message)
+    _warn_once(lines, message)
+
+
+def _count(plan: Plan) -> None:
+    counters["clsa"]["sites"] += len(plan.sites)
+    counters["clsa"]["left"] += plan.count("left")
+
+
+def _count_choices(plan: Plan) -> None:
+    counters["clsa"]["sparse_attention"] += plan.count("sparse")
+    counters["clsa"]["attention"] += plan.count("attention")
+    counters["clsa"]["index_topk"] += sum(group.kind == "index" for group in plan.groups)
+
+
+def _log(plan: Plan, choices: tuple[Choice, ...]) -> None:
+    log.info(
+        "clsa: %d attentions: %d sparse, %d read once, %d left; %d index nodes",
+        len(plan.sites),
+        plan.count("sparse"),
+        plan.count("attention"),
+        plan.count("left"),
+        sum(group.kind == "index" for group in plan.groups),
+    )
+    for choice in choices:
+        log.debug("clsa: %s -> %s %s", choice.op, choice.variant, "; ".join(choice.passed_over))

@@ -1,0 +1,1 @@
+"""From a model to a captured graph in the dialect that passes read."""

@@ -1,0 +1,126 @@
+"""From Dynamo's torch-level graph to pre-dispatch ATen, by tracing it once more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from clsa_compile.errors import CaptureError
+from clsa_compile.ir.captured import Captured
+
+# Inductor reads these to know which inputs have static addresses; without them it skips CUDA graphs.
+_SPELLED = 64
+_INPUT_META = ("tensor_dict", "grapharg", "example_value", "_dynamo_source", "steal_arg")
+
+
+def placeholders(module: GraphModule) -> list[Node]:
+    """Returns the inputs of a graph, in order."""
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def subclass_input(module: GraphModule) -> str | None:
+    """Returns the name of an input that is a tensor subclass (DTensor, quantised), if there is one."""
+    for node in placeholders(module):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return f"{node.name} is a {type(value).__name__}"
+    return None
+
+
+def uses_autocast(module: GraphModule) -> bool:
+    """Tells whether autocast decides dtypes, around the graph or inside it."""
+    inside = any(
+        n.op == "call_function" and "_enter_autocast" in str(n.target) for n in module.graph.nodes
+    )
+    return inside or any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
+
+
+def capture(module: GraphModule) -> Captured:
+    """Returns Dynamo's graph in the dialect that passes read; the original is not touched.
+
+    Raises CaptureError when an input has no fake value, or tracing fails.
+    """
+    inputs = placeholders(module)
+    values = [n.meta.get("example_value") for n in inputs]
+    fake_mode = _fake_mode(values)
+    try:
+        # `torch.fx.Interpreter` keeps every node's origin while the dispatcher is traced.
+        with fake_mode, preserve_node_meta():
+            traced = make_fx(Interpreter(module).run, pre_dispatch=True, tracing_mode="real")(*values)
+    except Exception as error:
+        raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {error}") from error
+    _carry_over(module, traced)
+    _spell_out_constants(traced)
+    return Captured(traced, fake_mode, "dynamo")
+
+
+def _fake_mode(values: list[Any]) -> FakeTensorMode:
+    # The inputs' own mode: the tracing context's is another one, and the two do not mix.
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise CaptureError("the graph has no tensor inputs")
+
+
+def _carry_over(source: GraphModule, traced: GraphModule) -> None:
+    for old, new in zip(placeholders(source), placeholders(traced), strict=True):
+        for key in _INPUT_META:
+            if key in old.meta:
+                new.meta[key] = old.meta[key]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        new._rename(old.name)
+    traced.meta.update({k: v for k, v in source.meta.items() if k not in traced.meta})
+    if hasattr(source, "_param_name_to_source"):
+        traced._param_name_to_source = source._param_name_to_source  # type: ignore[assignment]
+    traced.recompile()
+
+
+def _spell_out_constants(module: GraphModule) -> None:
+    """Turns tensor constants into ops that make them.
+
+    Tracing keeps `torch.tensor(...)` as a buffer of the graph, which AOTAutograd refuses because Dynamo
+    knows no source for it; as ops, masks can read them too.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = getattr(module, str(node.target), None)
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            continue
+        if value.numel() > _SPELLED:
+            # A plain attribute is a constant to AOTAutograd, a buffer is not.
+            delattr(module, str(node.target))
+            object.__setattr__(module, str(node.target), value)
+            continue
+        with module.graph.inserting_before(node):
+            made = _spelled(module, value)
+        made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+        for user in list(node.users):
+            if user.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default):
+                made.meta["val"] = user.meta["val"]
+                user.replace_all_uses_with(made)
+                module.graph.erase_node(user)
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _spelled(module: GraphModule, value: torch.Tensor) -> Node:
+    place = {"dtype": value.dtype, "device": value.device}
+    flat = value.reshape(-1).tolist()
+    call = module.graph.call_function
+    aten = torch.ops.aten
+    if len(set(map(repr, flat))) <= 1:
+        made = call(aten.full.default, (list(value.shape), flat[0] if flat else 0), place)
+        made.meta["val"] = None
+        return made
+    parts = [call(aten.full.default, ([], element), place) for element in flat]
+    stacked = call(aten.stack.default, (parts,))
+    return call(aten.view.default, (stacked, list(value.shape)))

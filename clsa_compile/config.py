@@ -1,0 +1,81 @@
+"""Options: frozen, validated, and the only reader of CLSA_* variables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from clsa_compile.errors import OptionError
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Asked for by the design, and not part of this version: an error is better than a silent no-op.
+_LATER = ("topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill", "reclaim")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user may ask for.
+
+    share: "off"; sharing an index between layers that have their own comes later.
+    strict: reasons become errors.
+    dump: a folder for the graphs of each stage, or None.
+    inductor: options handed on to Inductor.
+    mode: one of Inductor's modes.
+    """
+
+    share: str = "off"
+    strict: bool = False
+    dump: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode: str = "default"
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
+        """Validates what came through `torch.compile`. Raises OptionError naming key, value and remedy."""
+        given = dict(options or {})
+        if mode is not None:
+            if given.get("mode", mode) != mode:
+                raise OptionError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other")
+            given["mode"] = mode
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key in _LATER:
+                raise OptionError(f"the option {key!r} is not available in this version of clsa")
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise OptionError(
+                    f"unknown option {key!r}{hint} Known options: {', '.join(known)}. "
+                    f"Inductor's own options go into options={{'inductor': {{...}}}}"
+                )
+        if "CLSA_DUMP" in os.environ:
+            given.setdefault("dump", os.environ["CLSA_DUMP"])
+        if "CLSA_STRICT" in os.environ:
+            given.setdefault("strict", os.environ["CLSA_STRICT"] not in ("", "0"))
+        checked = cls(**given)
+        checked._check()
+        return checked
+
+    def _check(self) -> None:
+        checks = (
+            ("share", self.share == "off", "'off' (sharing is not available in this version of clsa)"),
+            ("strict", isinstance(self.strict, bool), "True or False"),
+            ("dump", self.dump is None or isinstance(self.dump, str | os.PathLike), "a folder's path, or None"),
+            (
+                "inductor",
+                isinstance(self.inductor, Mapping) and all(isinstance(k, str) for k in self.inductor),
+                "a dict of Inductor's options by name",
+            ),
+            ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
+        )
+        for name, ok, accepted in checks:
+            if not ok:
+                raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
+
+    def identity(self) -> str:
+        """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
+        inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
+        return f"share={self.share};strict={self.strict};mode={self.mode};inductor={inductor}"

@@ -1,0 +1,45 @@
+"""One class a mistake; every message names the thing and the way out."""
+
+from __future__ import annotations
+
+
+class ClsaError(Exception):
+    """The base of every error that clsa raises on purpose."""
+
+
+class OptionError(ClsaError, ValueError):
+    """An option that is unknown, has the wrong type, or an impossible value."""
+
+
+class CaptureError(ClsaError, RuntimeError):
+    """A graph that could not be brought into the dialect that passes read."""
+
+
+class PassError(ClsaError, RuntimeError):
+    """A pass failed in the middle; the message names the pass, and the cause is chained."""
+
+
+class VerifyError(ClsaError, AssertionError):
+    """A graph broke a rule of the dialect after a pass."""
+
+
+class StrictError(ClsaError, RuntimeError):
+    """Something was left as it was while `strict` was asked for."""
+
+
+class KernelError(ClsaError, RuntimeError):
+    """A kernel was asked for that cannot be generated or run here."""
+
+
+class MissingTritonError(KernelError):
+    """A CUDA graph needs Triton, and Triton is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "lowering attention on CUDA needs Triton, which is not installed: "
+            "`pip install triton` (or `pip install clsa[gpu]`), or compile with backend='inductor'"
+        )
+
+
+class ExpressionError(ClsaError, ValueError):
+    """The text of a Score or of a predicate that cannot be read."""

@@ -1,0 +1,1 @@
+"""The vocabulary that passes and kernels share."""

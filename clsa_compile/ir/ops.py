@@ -1,0 +1,353 @@
+"""The contract ops: schema, reference and fake. The reference is the specification.
+
+Dimension letters, used everywhere, templates included:
+
+    B  batch            H  query heads         Hkv  key/value heads     G  H / Hkv
+    S  query rows       T  key slots           D    head width of q, k  Dv head width of v
+    Hi index heads      K  selected tokens     Di   head width of the index
+
+All ops are functional and return fresh tensors. Indices are int32, -1 means "no token". A row that
+may attend to nothing gives zeros and an lse of -inf, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+from clsa_compile.ir.scores import Score, parse_score, pointwise_to_torch
+
+# Queries up to this many are decode: one token, or a few speculative ones.
+DECODE_ROWS = 8
+
+_LIBRARY = Library("clsa", "DEF")
+_LIBRARY.define(
+    "index_topk(Tensor q, Tensor k, Tensor? weight, Tensor? lse, Tensor? mask, Tensor? bounds,"
+    " Tensor[] mask_inputs, SymInt topk, float scale, str score, str predicate, bool per_kv_head) -> Tensor"
+)
+_LIBRARY.define(
+    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? mask, Tensor? bounds,"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate) -> Tensor"
+)
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bounds,"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "mask_bounds(Tensor like, Tensor? mask, Tensor[] mask_inputs, SymInt heads, SymInt keys, str predicate)"
+    " -> Tensor"
+)
+
+
+def attend_mask(
+    mask: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    predicate: str,
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (valid, bias), each broadcastable to [B, H, S, T] or None.
+
+    `valid` is boolean: predicate AND the mask where the mask is boolean. `bias` is the additive mask;
+    its -inf entries end up invalid by themselves.
+    """
+    valid = mask if mask is not None and mask.dtype == torch.bool else None
+    bias = mask if mask is not None and mask.dtype != torch.bool else None
+    if predicate:
+        allowed = predicate_to_torch(
+            parse_predicate(predicate), index_grid(sizes, device), mask_inputs
+        )
+        valid = allowed if valid is None else valid & allowed
+    return valid, bias
+
+
+def _grouped_scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """Returns fp32 scores [B, H, S, T] without copying k to H heads."""
+    b, h, s, d = q.shape
+    hkv, t = k.shape[1], k.shape[2]
+    rows = q.reshape(b, hkv, (h // hkv) * s, d)
+    scores = torch.matmul(rows, k.transpose(-1, -2)).to(_acc(q)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.reshape(b, h, s, t)
+
+
+def _acc(x: Tensor) -> torch.dtype:
+    """Returns the dtype that sums are kept in: fp32, or fp64 for the float64 oracle."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns (probabilities, lse) of scores [B, H, S, T]; rows of -inf give zeros and -inf."""
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1)
+        peak = torch.maximum(peak, sink)
+    peak = torch.where(peak == -math.inf, 0.0, peak)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True)
+    lse = (torch.log(total) + peak).squeeze(-1)
+    if sinks is not None:
+        total = total + torch.exp(sink - peak)
+    return weights / torch.where(total == 0, 1.0, total), lse
+
+
+def _weighted_values(probabilities: Tensor, v: Tensor) -> Tensor:
+    b, h, s, t = probabilities.shape
+    hkv = v.shape[1]
+    rows = probabilities.to(v.dtype).reshape(b, hkv, (h // hkv) * s, t)
+    return torch.matmul(rows, v).reshape(b, h, s, v.shape[-1])
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention with grouped heads: out [B, H, S, Dv] in q's dtype, lse [B, H, S] in fp32.
+
+    q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv]. `mask` is boolean or additive and broadcasts
+    to [B, H, S, T]; `predicate` is AND-ed to it. `bounds` int32 [B, S, 2] is a half-open hint that may be
+    loose, and is not needed here. `sinks` [H] joins the softmax's denominator and no value; the lse is
+    that of the scores without the sink. `softcap` 0 means none.
+    """
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    scores = _grouped_scores(q, k, scale, softcap)
+    valid, bias = attend_mask(mask, mask_inputs, predicate, sizes, q.device)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if valid is not None:
+        scores = torch.where(valid, scores, -math.inf)
+    probabilities, lse = _softmax(scores, sinks)
+    return _weighted_values(probabilities, v), lse
+
+
+def selected(indices: Tensor, keys: int) -> Tensor:
+    """Returns the boolean mask [B, 1|Hkv, S, T] of the tokens that `indices` [B, 1|Hkv, S, K] names."""
+    # One slot more than there are keys takes the -1 entries.
+    slots = torch.where(indices < 0, keys, indices).long()
+    flags = torch.zeros((*indices.shape[:-1], keys + 1), dtype=torch.bool, device=indices.device)
+    return flags.scatter(-1, slots, True)[..., :keys]
+
+
+def _heads_like(x: Tensor, h: int) -> Tensor:
+    """Repeats a per-kv-head tensor [B, Hkv, ...] to [B, H, ...]; one head broadcasts by itself."""
+    return x if x.shape[1] == 1 else x.repeat_interleave(h // x.shape[1], dim=1)
+
+
+def sparse_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+) -> Tensor:
+    """Attention over the tokens that `indices` int32 [B, 1|Hkv, S, K] names: out [B, H, S, Dv].
+
+    Validity is mask AND predicate AND index. The rest is as in `attention_reference`. Decode gathers
+    the K rows; more query rows than DECODE_ROWS mask a dense pass, which needs less memory.
+    """
+    b, h, s, d = q.shape
+    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    few = isinstance(s, int) and s <= DECODE_ROWS
+    valid, bias = attend_mask(mask, mask_inputs, predicate, (b, h, s, t), q.device)
+    if not few:
+        chosen = _heads_like(selected(indices, t), h)
+        valid = chosen if valid is None else valid & chosen
+        scores = _grouped_scores(q, k, scale, softcap)
+        if bias is not None:
+            scores = scores + bias.to(scores.dtype)
+        probabilities, _ = _softmax(torch.where(valid, scores, -math.inf), sinks)
+        return _weighted_values(probabilities, v)
+
+    kk = indices.shape[-1]
+    rows = indices.clamp(min=0).long().expand(b, hkv, s, kk).reshape(b, hkv, s * kk, 1)
+    keys = k.gather(2, rows.expand(b, hkv, s * kk, d)).view(b, hkv, s, kk, d)
+    values = v.gather(2, rows.expand(b, hkv, s * kk, dv)).view(b, hkv, s, kk, dv)
+    grouped = q.reshape(b, hkv, h // hkv, s, d).transpose(2, 3)
+    scores = torch.matmul(grouped, keys.transpose(-1, -2)).to(_acc(q)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.transpose(2, 3).reshape(b, h, s, kk)
+    picked = _heads_like(indices.clamp(min=0).long(), h).expand(b, h, s, kk)
+    if bias is not None:
+        scores = scores + bias.expand(b, h, s, t).gather(3, picked).to(scores.dtype)
+    allowed = _heads_like(indices, h) >= 0
+    if valid is not None:
+        allowed = allowed & valid.expand(b, h, s, t).gather(3, picked)
+    probabilities, _ = _softmax(torch.where(allowed, scores, -math.inf), sinks)
+    probabilities = probabilities.to(v.dtype).reshape(b, hkv, h // hkv, s, kk).transpose(2, 3)
+    return torch.matmul(probabilities, values).transpose(2, 3).reshape(b, h, s, dv)
+
+
+def index_scores_reference(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    scale: float,
+    score: Score,
+    predicate: str,
+    per_kv_head: bool,
+) -> Tensor:
+    """Returns the fp32 scores [B, 1|Hkv, S, T] that `index_topk` ranks; invalid keys are -inf."""
+    b, h, s, d = q.shape
+    hkv, t = k.shape[1], k.shape[2]
+    acc = _acc(q)
+    rows = q.to(acc).reshape(b, hkv, (h // hkv) * s, d)
+    dot = (torch.matmul(rows, k.to(acc).transpose(-1, -2)) * scale).reshape(b, h, s, t)
+    points = pointwise_to_torch(
+        score,
+        dot,
+        None if weight is None else weight.to(acc).unsqueeze(-1),
+        None if lse is None else lse.to(acc).unsqueeze(-1),
+    )
+    heads = points.reshape(b, hkv, h // hkv, s, t) if per_kv_head else points.unsqueeze(1)
+    reduce = {"sum": torch.sum, "max": torch.amax, "mean": torch.mean}[score.reduce]
+    scores = reduce(heads, dim=2)
+    valid, bias = attend_mask(mask, mask_inputs, predicate, (b, 1, s, t), q.device)
+    if bias is not None:
+        scores = scores + bias.to(acc)
+        # What a caller writes instead of -inf means the same: never selected.
+        valid_bias = bias > torch.finfo(bias.dtype).min
+        valid = valid_bias if valid is None else valid & valid_bias
+    return scores if valid is None else torch.where(valid, scores, -math.inf)
+
+
+def index_topk_reference(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    score: str,
+    predicate: str,
+    per_kv_head: bool,
+) -> Tensor:
+    """Returns int32 [B, 1|Hkv, S, topk]: the best-scoring valid tokens, ascending, padded with -1.
+
+    q [B, Hi, S, Di], k [B, 1|Hkv, T, Di], weight [B, Hi, S], lse [B, Hi, S]; `mask` as in attention with
+    one head. Ties go to the lowest position, NaN ranks above everything (as in torch.topk), +0 equals -0,
+    and a token that scores -inf is never selected. One set a row, or one a kv head.
+    """
+    scores = index_scores_reference(
+        q, k, weight, lse, mask, mask_inputs, scale, parse_score(score), predicate, per_kv_head
+    )
+    keys = scores.shape[-1]
+    missing = topk - keys
+    if isinstance(missing, int) and missing > 0:
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    values, order = values[..., :topk], order[..., :topk]
+    order = torch.where(values == -math.inf, torch.iinfo(torch.int32).max, order)
+    order = torch.sort(order, dim=-1).values
+    return torch.where(order == torch.iinfo(torch.int32).max, -1, order).to(torch.int32)
+
+
+def mask_bounds_reference(
+    like: Tensor,
+    mask: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    heads: int,
+    keys: int,
+    predicate: str,
+) -> Tensor:
+    """Returns int32 [B, S, 2]: from the first to one past the last key that any head of a row may read.
+
+    `like` [B, *, S, *] gives B, S and the device. A row without valid keys gives (0, 0). An additive mask
+    forbids -inf and its dtype's lowest finite value; any other value only biases.
+    """
+    b, s = like.shape[0], like.shape[2]
+    valid, bias = attend_mask(mask, mask_inputs, predicate, (b, heads, s, keys), like.device)
+    if bias is not None:
+        lifted = bias > torch.finfo(bias.dtype).min
+        valid = lifted if valid is None else valid & lifted
+    positions = torch.arange(keys, dtype=torch.int32, device=like.device)
+    if valid is None:
+        zero = torch.zeros((b, s), dtype=torch.int32, device=like.device)
+        return torch.stack((zero, zero + keys), dim=-1)
+    valid = valid.expand(b, valid.shape[1], s, keys)
+    end = torch.where(valid, positions + 1, 0).amax((1, 3))
+    start = torch.where(valid, positions, keys).amin((1, 3))
+    return torch.stack((torch.minimum(start, end), end), dim=-1).to(torch.int32)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    b, h, s, _ = q.shape
+    out = q.new_empty(b, s, h, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(b, h, s, dtype=torch.float32)
+
+
+def _sparse_attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _attention_fake(q, k, v)[0]
+
+
+def _index_topk_fake(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    score: str,
+    predicate: str,
+    per_kv_head: bool,
+) -> Tensor:
+    heads = k.shape[1] if per_kv_head else 1
+    return q.new_empty((q.shape[0], heads, q.shape[2], topk), dtype=torch.int32)
+
+
+def _mask_bounds_fake(like: Tensor, *rest: Any) -> Tensor:
+    return like.new_empty((like.shape[0], like.shape[2], 2), dtype=torch.int32)
+
+
+REFERENCES = {
+    "attention": attention_reference,
+    "sparse_attention": sparse_attention_reference,
+    "index_topk": index_topk_reference,
+    "mask_bounds": mask_bounds_reference,
+}
+_FAKES = {
+    "attention": _attention_fake,
+    "sparse_attention": _sparse_attention_fake,
+    "index_topk": _index_topk_fake,
+    "mask_bounds": _mask_bounds_fake,
+}
+for _name, _reference in REFERENCES.items():
+    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"clsa::{_name}", _FAKES[_name], lib=_LIBRARY)
+
+
+def contract_op(target: Any) -> str | None:
+    """Returns "attention", "index_topk", ... when an FX target is a contract op, else None."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "clsa":
+        return None
+    return target._schema.name.partition("::")[2]

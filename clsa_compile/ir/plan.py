@@ -1,0 +1,70 @@
+"""Plan: what will be done with every attention of a graph, decided before the first node changes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Action = Literal["sparse", "attention", "left"]
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """The decision for one attention.
+
+    `ordinal` counts attentions in execution order, `layer` is the number in the module path. `action` is
+    "sparse" (over selected tokens), "attention" (dense, each key read once) or "left", with a `reason`.
+    """
+
+    ordinal: int
+    layer: int
+    path: str
+    kind: Literal["dense", "topk"]
+    action: Action
+    reason: str = ""
+    family: str = ""
+    heads: int = 0
+    kv_heads: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+    mask: str = ""
+    score: str = ""
+    topk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that share something: one index ("index"), or one pair of K and V ("kv").
+
+    `anchor` and `members` are ordinals; the anchor is the first member.
+    """
+
+    kind: Literal["index", "kv"]
+    anchor: int
+    members: tuple[int, ...]
+    topk: int = 0
+    score: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All decisions for one graph."""
+
+    sites: tuple[SitePlan, ...]
+    groups: tuple[Group, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain data, ready for JSON."""
+        return {"sites": [asdict(s) for s in self.sites], "groups": [asdict(g) for g in self.groups]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Reads what `to_dict` wrote. Raises TypeError for unknown fields."""
+        return cls(
+            tuple(SitePlan(**s) for s in data["sites"]),
+            tuple(Group(**{**g, "members": tuple(g["members"])}) for g in data["groups"]),
+        )
+
+    def count(self, action: Action) -> int:
+        """Returns how many sites get an action."""
+        return sum(s.action == action for s in self.sites)

@@ -1,0 +1,136 @@
+"""Dense attention of a few query rows: the keys are split over programs, K and V are read once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import DECODE_ROWS
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.launch import (
+    CHIP,
+    Wrap,
+    bounds_arguments,
+    combine,
+    floor_power_of_two,
+    keys_per_step,
+    mask_arguments,
+    mask_context,
+    output,
+    padded_width,
+    parts,
+    power_of_two,
+    split_scratch,
+    static,
+    strides,
+)
+from clsa_compile.kernels.render import kernel
+
+# Rows of one program's tile: queries of a kv head times rows of the step.
+MAX_ROWS = 128
+
+
+def supports(facts: Facts) -> Support:
+    """Takes any S <= DECODE_ROWS whose G * S rows fit one tile."""
+    if facts.S is None or facts.S > DECODE_ROWS:
+        return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
+    if facts.H // facts.Hkv * facts.S > MAX_ROWS:
+        return Support(False, f"more than {MAX_ROWS} query rows a kv head")
+    if max(facts.D, facts.Dv) > 576:
+        return Support(False, f"heads of {max(facts.D, facts.Dv)} do not fit into registers")
+    return SUPPORTED
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
+    b, hkv, t = q.shape[0], k.shape[1], k.shape[2]
+    heads = b * hkv if static(b) else hkv
+    width = padded_width(k.shape[3]) + padded_width(v.shape[3])
+    # Measured on an H100: 64 keys, 2 stages and every program resident at once when there are few
+    # heads; wider steps, more stages and about four waves when there are many.
+    few = heads <= 8
+    stages = 2 if few else 3
+    block_n = keys_per_step(width * k.element_size(), stages, 64 if few else 128)
+    if q.dtype == torch.float32:
+        # IEEE dots of fp32 keep their operands in registers.
+        block_n, stages = min(block_n, 32), 2
+    splits = floor_power_of_two((2 if few else 4) * CHIP // heads)
+    if static(t):
+        splits = min(splits, power_of_two(-(-t // block_n)))
+    warps = 8 if v.shape[3] > 256 else 4
+    return max(1, min(splits, 128)), block_n, warps, stages
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+    *,
+    wrap: Wrap,
+) -> tuple[Tensor, Tensor]:
+    """Runs `clsa::attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv], lse fp32 [B, H, S]."""
+    q = q.contiguous()
+    b, h, s, d = q.shape
+    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    splits, block_n, warps, stages = plan(q, k, v)
+    direct = splits == 1
+    out = output(q, dv)
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    jit = kernel(
+        "attention_decode",
+        d_parts=parts(d),
+        dv_parts=parts(dv),
+        bounds=bounds is not None,
+        softcap=bool(softcap),
+        sinks=sinks is not None,
+        direct=direct,
+        with_lse=True,
+        **mask_context(mask, mask_inputs, predicate, (1, 2)),
+    )
+    args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
+    scratch = dict(args)
+    if direct:
+        args.update(out_ptr=out, lse_ptr=lse)
+        if sinks is not None:
+            args["sinks_ptr"] = sinks
+    if softcap:
+        args["SOFTCAP"] = softcap
+    wrap(jit)[(b * hkv, splits)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        T=t,
+        **args,
+        **bounds_arguments(bounds),
+        **strides("k", "bhtd", k),
+        **strides("v", "bhtd", v),
+        **mask_arguments(mask, mask_inputs),
+        SCALE=scale,
+        H=h,
+        HKV=hkv,
+        S=s,
+        D=d,
+        DV=dv,
+        NSPLIT=splits,
+        BLOCK_M=max(16, power_of_two(h // hkv * s)),
+        BLOCK_N=block_n,
+        BLOCK_S=power_of_two(s),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if not direct:
+        combine(scratch, sinks, out, lse, wrap)
+    return out.transpose(1, 2), lse
+
+
+DECODE = Variant("attention", "decode", supports, launch)

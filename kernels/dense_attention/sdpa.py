@@ -1,0 +1,78 @@
+"""Dense attention of a prompt: torch's own, with the mask as the contract op means it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from clsa_compile.ir.masks import KV_, Q_, parse_predicate
+from clsa_compile.ir.ops import attend_mask
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.launch import Wrap, static
+
+
+def supports(facts: Facts) -> Support:
+    """Takes what torch's attention can express."""
+    if facts.softcap:
+        return Support(False, "torch's attention has no softcap")
+    if facts.sinks:
+        return Support(False, "torch's attention has no sinks")
+    if facts.lse_used:
+        return Support(False, "torch's attention does not hand out the lse")
+    return SUPPORTED
+
+
+def is_causal(predicate: str, s: object, t: object) -> bool:
+    """Tells whether the predicate is exactly what `is_causal=True` means for S rows and T keys."""
+    if not predicate or not static(s) or s != t:
+        return False
+    return bool(parse_predicate(predicate) in (KV_ <= Q_, Q_ >= KV_))
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+    *,
+    wrap: Wrap,
+) -> tuple[Tensor, Tensor]:
+    """Runs `clsa::attention` through SDPA; the lse is not filled in, see `supports`."""
+    b, h, s, _ = q.shape
+    hkv, t = k.shape[1], k.shape[2]
+    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    grouped = h != hkv
+    if mask is None and (not predicate or is_causal(predicate, s, t)):
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=bool(predicate), scale=scale, enable_gqa=grouped
+        )
+        return _in_memory_order(out), lse
+
+    valid, bias = attend_mask(mask, mask_inputs, predicate, (b, h, s, t), q.device)
+    if bias is not None:
+        lifted = bias > torch.finfo(bias.dtype).min
+        valid = lifted if valid is None else valid & lifted
+    assert valid is not None
+    attn_mask = valid if bias is None else torch.where(valid, bias, float("-inf")).to(q.dtype)
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask.expand(b, -1, s, t), scale=scale, enable_gqa=grouped
+    )
+    # Some of torch's backends give NaN for a row without keys. NaN of valid rows stays NaN.
+    return _in_memory_order(torch.where(valid.any(-1, keepdim=True), out, 0.0)), lse
+
+
+def _in_memory_order(out: Tensor) -> Tensor:
+    """Returns [B, H, S, Dv] laid out as [B, S, H, Dv], which the contract promises."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+SDPA = Variant("attention", "sdpa", supports, launch)

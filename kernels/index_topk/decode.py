@@ -1,0 +1,131 @@
+"""Index of a few query rows: one scan of the keys, then the selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import DECODE_ROWS
+from clsa_compile.ir.scores import parse_score
+from clsa_compile.ir.variants import Facts, Support, Variant
+from clsa_compile.kernels.index_topk.scan import score_arguments, supports_width
+from clsa_compile.kernels.index_topk.select import padded, select
+from clsa_compile.kernels.launch import (
+    Wrap,
+    bounds_arguments,
+    ceil_div,
+    mask_arguments,
+    mask_context,
+    padded_width,
+    parts,
+    power_of_two,
+    strides,
+)
+from clsa_compile.kernels.render import kernel
+
+
+def supports(facts: Facts) -> Support:
+    """Takes any S <= DECODE_ROWS."""
+    if facts.S is None or facts.S > DECODE_ROWS:
+        return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
+    return supports_width(facts)
+
+
+def plan(d: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns (BLOCK_N, BLOCK_H, num_warps) of the scan."""
+    block_h = 16 if group == 1 else min(64, max(16, power_of_two(group)))
+    wide = padded_width(d)
+    if dtype == torch.float32:
+        return (32 if wide > 128 else 64), min(block_h, 32), 4
+    # Measured on an H100 with 64 heads of 128: 128 keys, 8 warps.
+    return (128 if wide <= 256 else 64), block_h, (8 if group > 16 else 4)
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    scale: float,
+    score: str,
+    predicate: str,
+    per_kv_head: bool,
+    *,
+    wrap: Wrap,
+) -> Tensor:
+    """Returns fp32 scores [B, 1|Hkv, S, Tpad]; keys outside `bounds` and beyond T hold anything."""
+    q = q.contiguous()
+    b, h, s, d = q.shape
+    hkv, t = k.shape[1], k.shape[2]
+    block_n, block_h, warps = plan(d, h // hkv, q.dtype)
+    heads = hkv if per_kv_head else 1
+    tpad = padded(t)
+    scores = torch.empty((b, heads, s, tpad), dtype=torch.float32, device=q.device)
+    jit = kernel(
+        "index_scan_decode",
+        score=score,
+        d_parts=parts(d),
+        bounds=bounds is not None,
+        per_kv_head=per_kv_head,
+        single=h == hkv,
+        S=s,
+        **mask_context(mask, mask_inputs, predicate, (2,)),
+    )
+    args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
+    wrap(jit)[(ceil_div(t, block_n), b * heads)](
+        q_ptr=q,
+        k_ptr=k,
+        scores_ptr=scores,
+        T=t,
+        TPAD=tpad,
+        **args,
+        **bounds_arguments(bounds),
+        **strides("k", "bhtd", k),
+        **mask_arguments(mask, mask_inputs),
+        SCALE=scale,
+        H=h,
+        HKV=hkv,
+        S=s,
+        D=d,
+        BLOCK_H=block_h,
+        BLOCK_N=block_n,
+        BLOCK_S=power_of_two(s),
+        num_warps=warps,
+        num_stages=2,
+    )
+    return scores
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    score: str,
+    predicate: str,
+    per_kv_head: bool,
+    *,
+    wrap: Wrap,
+) -> Tensor:
+    """Runs `clsa::index_topk` for S <= DECODE_ROWS: int32 [B, 1|Hkv, S, topk]."""
+    scores = scan(
+        q, k, weight, lse, mask, bounds, mask_inputs, scale, score, predicate, per_kv_head, wrap=wrap
+    )
+    b, heads, s, _ = scores.shape
+    out = torch.empty((b, heads, s, topk), dtype=torch.int32, device=q.device)
+    select(scores, bounds, out, 0, k.shape[2], wrap)
+    return out
+
+
+DECODE = Variant("index_topk", "decode", supports, launch)

@@ -1,0 +1,122 @@
+"""Index of many query rows: scores a chunk of rows at a time, each chunk selected at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.scores import parse_score
+from clsa_compile.ir.variants import Facts, Support, Variant
+from clsa_compile.kernels.index_topk.scan import score_arguments, supports_width
+from clsa_compile.kernels.index_topk.select import padded, select
+from clsa_compile.kernels.launch import (
+    Wrap,
+    bounds_arguments,
+    ceil_div,
+    mask_arguments,
+    mask_context,
+    padded_width,
+    parts,
+    static,
+    strides,
+)
+from clsa_compile.kernels.render import kernel
+
+# The scores of one chunk of query rows take at most this much.
+SCORE_BYTES = 256 * 1024 * 1024
+# Keys assumed where their number is not known while tracing.
+ASSUMED_KEYS = 131072
+
+
+def supports(facts: Facts) -> Support:
+    """Takes any number of query rows."""
+    return supports_width(facts)
+
+
+def plan(d: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Returns (BLOCK_M, BLOCK_N, num_warps) of the scan."""
+    if dtype == torch.float32:
+        return 32, 32, 4
+    return (64, 128, 8) if padded_width(d) <= 256 else (64, 64, 8)
+
+
+def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
+    """Returns how many query rows share one buffer of scores.
+
+    All of them when S is not known: a loop over an unknown number cannot be traced, and the buffer
+    is still smaller than what the same model needs without clsa.
+    """
+    if not static(s):
+        return s
+    line = (b if static(b) else 1) * heads * (padded(t) if static(t) else ASSUMED_KEYS) * 4
+    fitting = max(SCORE_BYTES // line, 1)
+    if fitting >= s:
+        return s
+    return max(fitting // 64 * 64, 1)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    topk: int,
+    scale: float,
+    score: str,
+    predicate: str,
+    per_kv_head: bool,
+    *,
+    wrap: Wrap,
+) -> Tensor:
+    """Runs `clsa::index_topk` for any S: int32 [B, 1|Hkv, S, topk]."""
+    q = q.contiguous()
+    b, h, s, d = q.shape
+    hkv, t = k.shape[1], k.shape[2]
+    block_m, block_n, warps = plan(d, q.dtype)
+    heads = hkv if per_kv_head else 1
+    jit = kernel(
+        "index_scan_rows",
+        score=score,
+        d_parts=parts(d),
+        bounds=bounds is not None,
+        per_kv_head=per_kv_head,
+        **mask_context(mask, mask_inputs, predicate, (2,)),
+    )
+    args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
+    args |= bounds_arguments(bounds) | mask_arguments(mask, mask_inputs) | strides("k", "bhtd", k)
+    out = torch.empty((b, heads, s, topk), dtype=torch.int32, device=q.device)
+    chunk = rows_at_once(b, heads, s, t)
+    for first in range(0, s, chunk) if static(s) else (0,):
+        rows = min(chunk, s - first) if static(s) else s
+        tpad = padded(t)
+        scores = torch.empty((b, heads, rows, tpad), dtype=torch.float32, device=q.device)
+        wrap(jit)[(ceil_div(t, block_n), ceil_div(rows, block_m), b * heads)](
+            q_ptr=q,
+            k_ptr=k,
+            scores_ptr=scores,
+            S=s,
+            FIRST=first,
+            ROWS=rows,
+            T=t,
+            TPAD=tpad,
+            **args,
+            SCALE=scale,
+            H=h,
+            HKV=hkv,
+            D=d,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=2,
+        )
+        select(scores, bounds, out, first, t, wrap)
+    return out
+
+
+ROWS = Variant("index_topk", "rows", supports, launch)

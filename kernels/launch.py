@@ -1,0 +1,176 @@
+"""What the launches share: block and split sizes, and how masks reach a kernel.
+
+Sizes may be SymInts while a graph is traced. They are passed on and multiplied, never compared:
+where a choice depends on a size, `static` says whether it is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clsa_compile.kernels.render import kernel
+
+Wrap: TypeAlias = Callable[[Any], Any]
+Part: TypeAlias = tuple[int, int, bool]
+
+# Programs that fill the chips this was measured on (H100: 132 SMs), once.
+CHIP = 132
+# Shared memory that the loads in flight of one program may take, in bytes: two programs an SM on
+# sm_90 and sm_100, one on sm_80.
+LOADS_IN_FLIGHT = 98304
+
+
+def static(size: Any) -> bool:
+    """Tells whether a size is known while the graph is traced."""
+    return isinstance(size, int)
+
+
+def ceil_div(size: Any, block: int) -> Any:
+    """Returns size / block rounded up; works on SymInts."""
+    return (size + block - 1) // block
+
+
+def power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def floor_power_of_two(n: int) -> int:
+    """Returns the largest power of two that is at most n, and 1 for n < 1."""
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
+def parts(width: int) -> tuple[Part, ...]:
+    """Cuts a head width into one or two blocks (start, block width, padded?) for tl.arange.
+
+    192 -> 128 + 64, 80 -> 64 + 16, 96 -> 64 + 32; 72 -> 64 + 16 with 8 unused; 112 -> 128 with 16 unused.
+    """
+    whole = max(16, power_of_two(width))
+    if whole == width:
+        return ((0, width, False),)
+    first = floor_power_of_two(width)
+    second = max(16, power_of_two(width - first))
+    if first < 16 or first + second >= whole:
+        return ((0, whole, True),)
+    return ((0, first, False), (first, second, first + second != width))
+
+
+def padded_width(width: int) -> int:
+    """Returns how many columns the blocks of `parts` have together."""
+    return sum(block for _, block, _ in parts(width))
+
+
+def keys_per_step(row_bytes: int, stages: int, largest: int) -> int:
+    """Returns BLOCK_N so that `stages` - 1 steps of `row_bytes` a key fit into shared memory."""
+    fitting = LOADS_IN_FLIGHT // max(row_bytes * max(stages - 1, 1), 1)
+    return max(16, min(largest, floor_power_of_two(fitting)))
+
+
+def mask_context(
+    mask: Tensor | None, mask_inputs: Sequence[Tensor], predicate: str, rows: tuple[int, ...]
+) -> dict[str, Any]:
+    """Returns what a template must know of the mask.
+
+    `rows` are the dimensions of [B, H, S, T] that differ between the rows of one program's tile; a mask
+    that is broadcast along all of them is read once for all rows.
+    """
+    kind = "" if mask is None else ("bool" if mask.dtype == torch.bool else "additive")
+    sizes = () if mask is None else _four(mask.shape, 1)
+    return {
+        "mask": kind,
+        "mask_rows": any(not (static(sizes[i]) and sizes[i] == 1) for i in rows) if sizes else False,
+        "predicate": predicate,
+        "inputs": tuple(x.dim() for x in mask_inputs),
+    }
+
+
+def mask_arguments(mask: Tensor | None, mask_inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns the kernel arguments of the mask tensor and the mask inputs, strides included."""
+    args: dict[str, Any] = {}
+    if mask is not None:
+        args["mask_ptr"] = mask
+        # The mask goes in as it is, not expanded: an expanded view may be copied on the way.
+        strides = [
+            0 if static(size) and size == 1 else stride
+            for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        ]
+        names = ("mask_sb", "mask_sh", "mask_sq", "mask_st")
+        args.update(zip(names, _four(strides, 0), strict=True))
+        if mask.dtype != torch.bool:
+            args["MASK_MIN"] = torch.finfo(mask.dtype).min
+    for slot, source in enumerate(mask_inputs):
+        args[f"in{slot}"] = source
+        args.update({f"in{slot}_s{axis}": stride for axis, stride in enumerate(source.stride())})
+    return args
+
+
+def _four(sizes: Sequence[Any], fill: int) -> tuple[Any, ...]:
+    return (*([fill] * (4 - len(sizes))), *sizes)
+
+
+def strides(prefix: str, names: str, x: Tensor) -> dict[str, Any]:
+    """Returns {"k_sb": ..., "k_sh": ...} for prefix "k" and names "bh..", one letter a dimension."""
+    return {
+        f"{prefix}_s{name}": stride for name, stride in zip(names, x.stride(), strict=True)
+    }
+
+
+def bounds_arguments(bounds: Tensor | None) -> dict[str, Any]:
+    """Returns the kernel argument of the bounds, if there are any."""
+    return {} if bounds is None else {"bounds_ptr": bounds.contiguous()}
+
+
+def output(q: Tensor, dv: int) -> Tensor:
+    """Returns an empty [B, S, H, Dv]: its transpose is what projections after attention read fastest."""
+    b, h, s, _ = q.shape
+    return torch.empty((b, s, h, dv), dtype=q.dtype, device=q.device)
+
+
+def split_scratch(q: Tensor, dv: int, splits: int) -> dict[str, Tensor]:
+    """Returns empty fp32 scratch for what each split leaves to `combine`."""
+    b, h, s, _ = q.shape
+    rows = (b, h, s, splits)
+    return {
+        "part_ptr": torch.empty((*rows, dv), dtype=torch.float32, device=q.device),
+        "peak_ptr": torch.empty(rows, dtype=torch.float32, device=q.device),
+        "total_ptr": torch.empty(rows, dtype=torch.float32, device=q.device),
+    }
+
+
+def combine(
+    scratch: dict[str, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor | None, wrap: Wrap
+) -> None:
+    """Merges the splits in `scratch` into out [B, S, H, Dv] and lse [B, H, S]."""
+    b, s, h, dv = out.shape
+    splits = scratch["peak_ptr"].shape[-1]
+    # Keeps one program's tile of sums at 4096 numbers.
+    block = max(16, min(power_of_two(dv), 64, 4096 // splits))
+    jit = kernel("combine", sinks=sinks is not None, with_lse=lse is not None)
+    args: dict[str, Any] = {**scratch}
+    if sinks is not None:
+        args["sinks_ptr"] = sinks
+    if lse is not None:
+        args["lse_ptr"] = lse
+    wrap(jit)[(b * h * s, ceil_div(dv, block))](
+        **args,
+        out_ptr=out,
+        S=s,
+        H=h,
+        DV=dv,
+        NSPLIT=splits,
+        BLOCK_E=block,
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def finite(name: str, value: float) -> float:
+    """Returns `value`. Raises ValueError when it cannot be a constant of a kernel."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; a kernel needs a finite number")
+    return value

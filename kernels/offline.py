@@ -1,0 +1,319 @@
+"""Compiles every kernel without a GPU and checks what it needs: `python -m clsa_compile.kernels.offline`.
+
+The launches run over tensors without storage; instead of launching, each kernel is compiled for each
+architecture by the Triton that is installed. A kernel that needs more shared memory than a chip
+has would compile and fail at its first launch, and one that spills registers would only be slow:
+both are violations here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clsa_compile.errors import KernelError
+from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, MASS, MAX_HEAD
+from clsa_compile.kernels.catalog import VARIANTS
+
+# Shared memory that one program may take, in bytes, by compute capability.
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+# Where a spill is a violation; elsewhere it is only shown.
+NO_SPILLS = (90,)
+TYPES = {
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel and its arguments by name."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two launches the same compilation."""
+        kinds = tuple(
+            (name, _kind(name, value, self.kernel)) for name, value in sorted(self.arguments.items())
+        )
+        return (self.kernel.__module__, kinds)
+
+
+@dataclass
+class Recorder:
+    """Stands in for `wrap`: keeps launches instead of making them."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    def __call__(self, kernel: Any) -> Any:
+        """Returns what is indexed with a grid and then called, as a Triton kernel is."""
+
+        class Grid:
+            def __getitem__(_, grid: Any) -> Callable[..., None]:
+                return lambda **arguments: self.launches.append(Launch(kernel, arguments))
+
+        return Grid()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes."""
+
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+
+
+def _constexprs(kernel: Any) -> set[str]:
+    return {p.name for p in kernel.params if p.is_constexpr}
+
+
+def _kind(name: str, value: Any, kernel: Any) -> Any:
+    """Returns what of an argument the compiled code depends on."""
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    if name in _constexprs(kernel) or name.startswith("num_") or not isinstance(value, int):
+        return value
+    return value == 1, value % 16 == 0, value > 2**31 - 1
+
+
+def compile_for(launch: Launch, capability: int) -> Any:
+    """Compiles one launch for sm_<capability> as the JIT would, with the same specialisations."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    constexprs = _constexprs(launch.kernel)
+    for position, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name in constexprs or value == 1:
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "i64" if value > 2**31 - 1 else "i32"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    options = {name: launch.arguments[name] for name in ("num_warps", "num_stages")}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage_of(compiled: Any, seconds: float) -> Usage:
+    """Reads registers and stack (spills live there) out of the cubin. Raises KernelError if it cannot."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise KernelError(f"cannot read the resource usage in what {tool} printed: {text!r}")
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, seconds)
+
+
+def meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Returns a tensor without storage."""
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+def _attention(
+    b: int, h: int, hkv: int, s: int, t: int, d: int, dv: int, dtype: torch.dtype, **extra: Any
+) -> list[Any]:
+    return [
+        meta(b, h, s, d, dtype=dtype),
+        meta(b, hkv, t, d, dtype=dtype),
+        meta(b, hkv, t, dv, dtype=dtype),
+        extra.get("mask"),
+        extra.get("bounds"),
+        extra.get("inputs", []),
+        extra.get("sinks"),
+        d**-0.5,
+        extra.get("softcap", 0.0),
+        extra.get("predicate", ""),
+    ]
+
+
+def _sparse(topk: int, *sizes: Any, heads: int = 1, **extra: Any) -> list[Any]:
+    args = _attention(*sizes, **extra)
+    b, s = sizes[0], sizes[3]
+    return [*args[:3], meta(b, heads, s, topk, dtype=torch.int32), *args[3:]]
+
+
+def _index(
+    b: int, h: int, hkv: int, s: int, t: int, d: int, dtype: torch.dtype, score: str, **extra: Any
+) -> list[Any]:
+    return [
+        meta(b, h, s, d, dtype=dtype),
+        meta(b, hkv, t, d, dtype=dtype),
+        meta(b, h, s, dtype=torch.float32),
+        meta(b, h, s, dtype=torch.float32),
+        extra.get("mask"),
+        extra.get("bounds"),
+        extra.get("inputs", []),
+        2048,
+        d**-0.5,
+        score,
+        extra.get("predicate", ""),
+        extra.get("per_kv_head", False),
+    ]
+
+
+def configurations() -> Iterator[tuple[str, str, list[Any]]]:
+    """Yields (op, description, arguments): the shapes that users' models have, and the corners."""
+    bf16, fp16, fp32, i32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+    t = 131072
+    bounds = meta(1, 1, 2, dtype=i32)
+    masked = {"mask": meta(1, 1, 1, t, dtype=torch.bool), "bounds": bounds}
+    causal = {"predicate": "kv <= in0(q)", "inputs": [meta(1, dtype=torch.int64)], "bounds": bounds}
+    llama = (24, 8)
+    yield "attention", "Llama B=1, mask", _attention(1, *llama, 1, t, 128, 128, bf16, **masked)
+    yield "attention", "Llama B=1, predicate", _attention(1, *llama, 1, t, 128, 128, bf16, **causal)
+    yield "attention", "Llama B=4", _attention(4, *llama, 1, t, 128, 128, bf16)
+    yield "attention", "Llama B=64, direct", _attention(64, *llama, 1, t, 128, 128, bf16)
+    every = {
+        "mask": meta(1, 1, 4, 4096, dtype=fp16),
+        "bounds": meta(1, 4, 2, dtype=i32),
+        "sinks": meta(32, dtype=fp16),
+        "softcap": 50.0,
+    }
+    yield "attention", "S=4, bias, sinks, softcap", _attention(1, 32, 4, 4, 4096, 128, 128, fp16, **every)
+    yield "attention", "MLA expanded", _attention(1, 16, 16, 1, t, 192, 128, bf16, **masked)
+    yield "attention", "MLA absorbed", _attention(1, 16, 1, 1, t, 576, 512, bf16)
+    for d in (64, 80, 96, 256):
+        yield "attention", f"D={d}", _attention(1, 8, 4, 1, t, d, d, bf16)
+    yield "attention", "fp32 D=64", _attention(1, 9, 3, 1, 2048, 64, 64, fp32)
+    yield "attention", "fp32 D=128", _attention(1, *llama, 1, t, 128, 128, fp32)
+
+    yield "sparse_attention", "Llama B=1", _sparse(2048, 1, *llama, 1, t, 128, 128, bf16)
+    yield "sparse_attention", "Llama B=4", _sparse(2048, 4, *llama, 1, t, 128, 128, bf16)
+    yield "sparse_attention", "Llama rows", _sparse(2048, 1, *llama, 4096, t, 128, 128, bf16, **causal)
+    yield "sparse_attention", "MLA expanded", _sparse(2048, 1, 16, 16, 1, t, 192, 128, bf16)
+    yield "sparse_attention", "MLA absorbed", _sparse(2048, 1, 16, 1, 1, t, 576, 512, bf16)
+    yield (
+        "sparse_attention",
+        "S=4, bias, sinks, softcap",
+        _sparse(256, 1, 32, 4, 4, 4096, 128, 128, fp16, heads=4, **every),
+    )
+    yield "sparse_attention", "D=64", _sparse(256, 1, 9, 3, 1, t, 64, 64, bf16)
+    yield "sparse_attention", "fp32 D=64", _sparse(256, 1, 9, 3, 1, 2048, 64, 64, fp32)
+    yield "sparse_attention", "fp32 D=128", _sparse(256, 1, *llama, 1, 2048, 128, 128, fp32)
+
+    lightning = LIGHTNING.text
+    yield "index_topk", "DSA, 64 heads", _index(1, 64, 1, 1, t, 128, bf16, lightning, **masked)
+    yield "index_topk", "DSA, 32 heads", _index(4, 32, 1, 1, t, 128, bf16, lightning, **causal)
+    yield "index_topk", "CLSA, 1 head", _index(1, 1, 1, 1, t, 128, bf16, DOT_PRODUCT.text)
+    yield "index_topk", "mass of an anchor", _index(1, *llama, 1, t, 128, bf16, MASS.text, **masked)
+    yield (
+        "index_topk",
+        "a set per kv head",
+        _index(1, *llama, 2, t, 128, bf16, MAX_HEAD.text, per_kv_head=True),
+    )
+    yield "index_topk", "DSA, fp32", _index(1, 32, 1, 1, 2048, 128, fp32, lightning)
+    yield "index_topk", "DSA rows", _index(1, 32, 1, 512, t, 128, bf16, lightning, predicate="kv <= q")
+    yield "index_topk", "DSA rows, fp32", _index(1, 32, 1, 64, 2048, 128, fp32, lightning)
+    yield "index_topk", "rows, kv heads", _index(1, 9, 3, 64, t, 64, bf16, MASS.text)
+
+
+def recorded() -> Iterator[tuple[str, Launch]]:
+    """Yields (description, launch) of every distinct compilation that the configurations need."""
+    seen: set[tuple[Any, ...]] = set()
+    for op, description, arguments in configurations():
+        for variant in VARIANTS:
+            # Torch's own kernels are not ours to compile.
+            if variant.op != op or variant.name == "sdpa":
+                continue
+            rows = arguments[0].shape[2]
+            if (variant.name == "decode") != (rows <= 8) and op != "sparse_attention":
+                continue
+            recorder = Recorder()
+            variant.launch(*arguments, wrap=recorder)
+            for launch in recorder.launches:
+                if launch.key not in seen:
+                    seen.add(launch.key)
+                    yield f"{op} {variant.name}: {description}", launch
+
+
+def problem(usage: Usage, capability: int) -> str:
+    """Returns what is wrong with a compiled kernel, or nothing."""
+    if usage.shared > SHARED_LIMIT[capability]:
+        return f"needs {usage.shared} of {SHARED_LIMIT[capability]} bytes of shared memory"
+    if usage.stack and capability in NO_SPILLS:
+        return f"spills: a stack of {usage.stack} bytes"
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compiles, prints one line a kernel and architecture, and returns 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=sorted(SHARED_LIMIT),
+        default=sorted(SHARED_LIMIT),
+        help="compute capabilities times ten",
+    )
+    options = parser.parse_args(arguments)
+    columns = "{:<20} {:>5} {:>5} {:>6} {:>8} {:>6} {:>7}  {}"
+    print(f"triton {triton.__version__}")
+    print(columns.format("kernel", "sm", "regs", "stack", "shared", "warps", "seconds", "for"))
+    wrong = 0
+    for description, launch in recorded():
+        for capability in options.arch:
+            began = time.perf_counter()
+            try:
+                compiled = compile_for(launch, capability)
+                usage = usage_of(compiled, time.perf_counter() - began)
+            except Exception as error:
+                wrong += 1
+                print(f"{launch.kernel.__name__} sm_{capability} {description}: {error}")
+                continue
+            trouble = problem(usage, capability)
+            wrong += bool(trouble)
+            print(
+                columns.format(
+                    launch.kernel.__name__,
+                    capability,
+                    usage.registers,
+                    usage.stack,
+                    usage.shared,
+                    launch.arguments["num_warps"],
+                    f"{usage.seconds:.1f}",
+                    f"{description}{'  <- ' + trouble if trouble else ''}",
+                ),
+                flush=True,
+            )
+    print(f"{wrong} violations" if wrong else "no violations")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Attention over selected tokens: keys and values are gathered by index, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.launch import (
+    CHIP,
+    Wrap,
+    combine,
+    floor_power_of_two,
+    keys_per_step,
+    mask_arguments,
+    mask_context,
+    output,
+    padded_width,
+    parts,
+    power_of_two,
+    split_scratch,
+    static,
+    strides,
+)
+from clsa_compile.kernels.render import kernel
+
+MAX_GROUP = 128
+
+
+def supports(facts: Facts) -> Support:
+    """Takes any number of query rows; each is a program of its own."""
+    if facts.H // facts.Hkv > MAX_GROUP:
+        return Support(False, f"more than {MAX_GROUP} query heads a kv head")
+    if max(facts.D, facts.Dv) > 576:
+        return Support(False, f"heads of {max(facts.D, facts.Dv)} do not fit into registers")
+    return SUPPORTED
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int]:
+    """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
+    b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
+    if static(s):
+        programs = (b if static(b) else 1) * s * hkv
+    else:
+        # An unknown number of query rows is a prompt: rows enough to fill the chip.
+        programs = 4 * CHIP
+    # Measured on an H100 with k = 2048: 16 splits of 128 tokens for 8 programs, 64 tokens a step from
+    # 32 programs on. With an index loaded one step ahead, 3 stages keep two steps in flight.
+    stages = 3
+    width = padded_width(k.shape[3]) + padded_width(v.shape[3])
+    largest = 128 if programs <= 16 else 64
+    block_n = keys_per_step(width * k.element_size(), stages, largest)
+    if q.dtype == torch.float32:
+        block_n, stages = min(block_n, 32), 2
+    splits = floor_power_of_two(4 * CHIP // programs)
+    longest = topk // 128 if static(topk) else 16
+    warps = 8 if v.shape[3] > 256 else 4
+    return max(1, min(splits, 16, floor_power_of_two(longest))), block_n, warps, stages
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+    *,
+    wrap: Wrap,
+) -> Tensor:
+    """Runs `clsa::sparse_attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv].
+
+    `bounds` is a hint that a gather does not need.
+    """
+    q = q.contiguous()
+    b, h, s, d = q.shape
+    hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
+    splits, block_n, warps, stages = plan(q, k, v, topk)
+    direct = splits == 1
+    out = output(q, dv)
+    jit = kernel(
+        "sparse_attention",
+        d_parts=parts(d),
+        dv_parts=parts(dv),
+        bounds=False,
+        softcap=bool(softcap),
+        sinks=sinks is not None,
+        direct=direct,
+        with_lse=False,
+        **mask_context(mask, mask_inputs, predicate, (1,)),
+    )
+    args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
+    scratch = dict(args)
+    if direct:
+        args["out_ptr"] = out
+        if sinks is not None:
+            args["sinks_ptr"] = sinks
+    if softcap:
+        args["SOFTCAP"] = softcap
+    index_strides = strides("indices", "bhsk", indices)
+    if indices.shape[1] == 1:
+        index_strides["indices_sh"] = 0
+    wrap(jit)[(b * s * hkv, splits)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        indices_ptr=indices,
+        S=s,
+        TOPK=topk,
+        **args,
+        **strides("k", "bhtd", k),
+        **strides("v", "bhtd", v),
+        **index_strides,
+        **mask_arguments(mask, mask_inputs),
+        SCALE=scale,
+        H=h,
+        HKV=hkv,
+        D=d,
+        DV=dv,
+        NSPLIT=splits,
+        BLOCK_M=max(16, power_of_two(h // hkv)),
+        BLOCK_N=block_n,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if not direct:
+        combine(scratch, sinks, out, None, wrap)
+    return out.transpose(1, 2)
+
+
+GATHER = Variant("sparse_attention", "gather", supports, launch)

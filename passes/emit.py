@@ -1,0 +1,77 @@
+"""Emits nodes with values and origin, as every node of the dialect has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.sites import Operand
+
+aten = torch.ops.aten
+
+# Names for people and for provenance: they follow the node that is replaced.
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", "seq_nr")
+
+
+class Emitter:
+    """Adds nodes to a graph at its insertion point, on behalf of the node that they replace."""
+
+    def __init__(self, captured: Captured, origin: Node) -> None:
+        self._captured = captured
+        self._meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Adds a call and computes its fake value."""
+        node = self._captured.graph.call_function(target, args, kwargs)
+        values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, (args, kwargs))
+        with self._captured.fake_mode:
+            node.meta.update(self._meta, val=target(*values[0], **values[1]))
+        return node
+
+    def operand(self, operand: Operand) -> Node:
+        """Adds what turns an operand's root into the wanted order of dimensions."""
+        node = operand.root
+        present = [d for d in operand.dims if d is not None]
+        if present != sorted(present):
+            node = self.call(aten.permute.default, node, present)
+        for position, d in enumerate(operand.dims):
+            if d is None:
+                node = self.call(aten.unsqueeze.default, node, position)
+        return node
+
+    def like(self, node: Node, original: Node) -> Node:
+        """Adds what gives `node` the dtype and the strides of `original`."""
+        value, wanted = node.meta["val"], original.meta["val"]
+        if value.dtype != wanted.dtype:
+            node = self.call(aten.to.dtype, node, wanted.dtype)
+        order = _stride_order(wanted)
+        if order == _stride_order(node.meta["val"]):
+            return node
+        # Later views were traced with the strides of the original.
+        inverse = [order.index(i) for i in range(len(order))]
+        node = self.call(aten.permute.default, node, order)
+        node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self.call(aten.permute.default, node, inverse)
+
+
+def _stride_order(value: torch.Tensor) -> list[int]:
+    """Returns the dimensions from the slowest to the fastest; those of size 1 stay where they are."""
+    strides = [_hint(s) for s in value.stride()]
+    movable = [i for i, size in enumerate(value.shape) if not (isinstance(size, int) and size == 1)]
+    ranked = sorted(movable, key=lambda i: (-strides[i], i))
+    order = list(range(value.dim()))
+    for place, i in zip(movable, ranked, strict=True):
+        order[place] = i
+    return order
+
+
+def _hint(stride: Any) -> int:
+    """Returns a stride's example value; reading a hint adds no guard."""
+    if isinstance(stride, int):
+        return stride
+    hint = stride.node.hint
+    return int(hint) if hint is not None else 1

@@ -1,0 +1,159 @@
+"""Lowers: replaces every contract op by what runs, traced in place.
+
+On CUDA that is a kernel variant's launch, whose Triton calls become nodes that Inductor plans, fuses
+around and captures; elsewhere, and where no variant fits, it is the reference. After it no `clsa::`
+node is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.ops import REFERENCES, contract_op
+from clsa_compile.ir.variants import Facts, Variant, select
+from clsa_compile.passes.tidy import drop_dead
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one contract op became: a variant's name or "reference", and why others were passed over."""
+
+    node: str
+    op: str
+    variant: str
+    passed_over: tuple[str, ...]
+
+
+def lower(
+    captured: Captured, variants: tuple[Variant, ...], wrap: Callable[[Any], Any]
+) -> tuple[Captured, tuple[Choice, ...]]:
+    """Replaces the contract ops of a graph; returns the graph and the choices.
+
+    `variants` are tried in order; `wrap` makes a Triton kernel traceable.
+    """
+    choices = []
+    traced: dict[Any, GraphModule] = {}
+    for node in list(captured.graph.nodes):
+        op = contract_op(node.target) if node.op == "call_function" else None
+        if op is None:
+            continue
+        if not node.users:
+            captured.graph.erase_node(node)
+            continue
+        variant, reasons = select(variants, facts_of(node, op))
+        key = (op, variant.name if variant else "", _signature(node))
+        if key not in traced:
+            traced[key] = _trace(captured, node, _implementation(op, variant, wrap))
+        _inline(captured.graph, node, traced[key])
+        choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons))
+    drop_dead(captured.graph)
+    captured.module.recompile()
+    return captured, tuple(choices)
+
+
+def _implementation(op: str, variant: Variant | None, wrap: Callable[[Any], Any]) -> Callable[..., Any]:
+    if variant is None:
+        return REFERENCES[op]
+    return lambda *args: variant.launch(*args, wrap=wrap)
+
+
+def facts_of(node: Node, op: str) -> Facts:
+    """Returns what is known of a contract op from its operands' values."""
+    values = {
+        argument.name: value.meta["val"] if isinstance(value, Node) else value
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+    }
+    if op == "mask_bounds":
+        like = values["like"]
+        return Facts(op, like.device.type, like.dtype, None, 0, 0, None, None, 0, 0, 0, False, False, False, False)
+    q, k = values["q"], values["k"]
+    mask = values["mask"]
+    lse_users = [u for u in node.users if len(u.args) == 2 and u.args[1] == 1]
+    topk = values.get("topk", 0)
+    if op == "sparse_attention":
+        topk = values["indices"].shape[-1]
+    return Facts(
+        op=op,
+        device=q.device.type,
+        dtype=q.dtype,
+        B=_static(q.shape[0]),
+        H=int(q.shape[1]),
+        Hkv=int(k.shape[1]),
+        S=_static(q.shape[2]),
+        T=_static(k.shape[2]),
+        D=int(q.shape[3]),
+        Dv=int(values["v"].shape[3]) if "v" in values else 0,
+        topk=topk if isinstance(topk, int) else 0,
+        softcap=bool(values.get("softcap", 0.0)),
+        sinks=values.get("sinks") is not None,
+        additive=mask is not None and mask.dtype != torch.bool,
+        lse_used=op == "attention" and any(u.users for u in lse_users),
+    )
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _signature(node: Node) -> Any:
+    """Returns what a traced implementation depends on: operands' layouts and constants."""
+    leaves, tree = tree_flatten((node.args, node.kwargs))
+    return str(tree), tuple(_describe(leaf) for leaf in leaves)
+
+
+def _describe(leaf: Any) -> Any:
+    value = leaf.meta["val"] if isinstance(leaf, Node) else leaf
+    if isinstance(value, torch.Tensor):
+        return (str(tuple(value.shape)), str(value.stride()), value.dtype, str(value.device))
+    return repr(value) if not isinstance(value, SymInt) else ("sym", str(value))
+
+
+def _trace(captured: Captured, node: Node, implementation: Callable[..., Any]) -> GraphModule:
+    """Traces an implementation over the fake values of a node's operands."""
+    leaves, tree = tree_flatten(node.args)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]
+
+    def call(*operands: Any) -> Any:
+        filled = list(leaves)
+        for place, operand in zip(places, operands, strict=True):
+            filled[place] = operand
+        return implementation(*tree_unflatten(filled, tree))
+
+    values = [leaves[i].meta["val"] for i in places]
+    with captured.fake_mode, torch.no_grad():
+        return make_fx(call, tracing_mode="real")(*values)
+
+
+def _inline(graph: Graph, node: Node, traced: GraphModule) -> None:
+    """Copies a traced implementation before a node, and replaces the node by its result."""
+    operands = [leaf for leaf in tree_flatten(node.args)[0] if isinstance(leaf, Node)]
+    copies: dict[Node, Any] = {}
+    result: Any = None
+    inputs = iter(operands)
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(inputs)
+            elif inner.op == "output":
+                result = torch.fx.map_arg(inner.args[0], lambda n: copies[n])
+            else:
+                copies[inner] = graph.node_copy(inner, lambda n: copies[n])
+                for name in ("nn_module_stack", "stack_trace"):
+                    if name in node.meta:
+                        copies[inner].meta.setdefault(name, node.meta[name])
+    if isinstance(result, Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)

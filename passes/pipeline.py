@@ -1,0 +1,103 @@
+"""The pipeline, in order: canonicalize, match, plan, rewrite, lower; verified between passes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from clsa_compile.errors import ClsaError, PassError
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.sites import Sites
+from clsa_compile.ir.variants import Variant
+from clsa_compile.passes.canonicalize import canonicalize
+from clsa_compile.passes.families import FAMILIES
+from clsa_compile.passes.group import plan
+from clsa_compile.passes.lower import Choice, lower
+from clsa_compile.passes.match import match
+from clsa_compile.passes.rewrite import rewrite
+from clsa_compile.passes.verify import mutations, verify
+
+Observer = Callable[[str, Captured], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """All that is known before the first node changes."""
+
+    sites: Sites
+    plan: Plan
+
+
+def decide(captured: Captured) -> Decision:
+    """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
+    with _named("canonicalize"):
+        canonicalize(captured)
+    with _named("match"):
+        sites = match(captured, FAMILIES)
+    with _named("plan"):
+        return Decision(sites, plan(sites))
+
+
+def carry_out(
+    captured: Captured,
+    decision: Decision,
+    variants: tuple[Variant, ...],
+    wrap: Callable[[Any], Any],
+    observe: Observer | None = None,
+) -> tuple[Captured, tuple[Choice, ...]]:
+    """Rewrites and lowers a graph as decided. `observe(stage, captured)` is called after each pass."""
+    kept = mutations(captured.graph)
+    with _named("rewrite"):
+        rewrite(captured, decision.sites, decision.plan)
+        verify(captured, "rewrite", kept)
+    if observe is not None:
+        observe("rewritten", captured)
+    with _named("lower"):
+        captured, choices = lower(captured, variants, wrap)
+        verify(captured, "lower", kept)
+    if observe is not None:
+        observe("lowered", captured)
+    return captured, choices
+
+
+class _named:
+    """Names the pass that failed; what clsa raises on purpose goes through as it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ClsaError):
+            raise PassError(f"the pass {self.name!r} failed: {type(error).__name__}: {error}") from error
+
+
+@cache
+def uuid() -> str:
+    """Returns the identity of the pipeline: a hash of everything that decides what a graph becomes."""
+    digest = hashlib.sha256()
+    root = files("clsa_compile")
+    for folder in ("ir", "passes", "kernels", "capture"):
+        for path in _sources(root / folder):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+    digest.update((root / "backend.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources(folder: Traversable) -> list[Traversable]:
+    found = []
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.is_dir() and entry.name != "__pycache__":
+            found += _sources(entry)
+        elif entry.name.endswith((".py", ".jinja")):
+            found.append(entry)
+    return found
