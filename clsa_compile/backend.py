@@ -61,6 +61,21 @@ def clsa(
     return _inductor(module, example_inputs, chosen)
 
 
+def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Plan | str:
+    """Returns the plan for one Dynamo graph, or why the graph would be left alone; changes nothing."""
+    left = _left_whole(gm, example_inputs)
+    if left is not None:
+        return f"{left[0]}: {left[1]}"
+    try:
+        plan = decide(capture(gm)).plan
+    except ClsaError as error:
+        if options.strict:
+            raise
+        return f"{Reason.CAPTURE}: {error}"
+    _report_left(plan, options)
+    return plan
+
+
 def transform(gm: GraphModule, options: Options) -> GraphModule:
     """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched."""
     captured = capture(gm)
@@ -109,9 +124,15 @@ def _left_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Reason,
         isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
     )
     if needs_gradients:
-        return Reason.TRAINING, "it needs gradients; run it under torch.no_grad() to have it compiled by clsa"
+        return (
+            Reason.TRAINING,
+            "it needs gradients; run it under torch.no_grad() to have it compiled by clsa",
+        )
     if uses_autocast(gm):
-        return Reason.AUTOCAST, "autocast is on; cast the model (model.to(torch.bfloat16)) to have it compiled by clsa"
+        return (
+            Reason.AUTOCAST,
+            "autocast is on; cast the model (model.to(torch.bfloat16)) to have it compiled by clsa",
+        )
     subclass = subclass_input(gm)
     if subclass is not None:
         return Reason.SUBCLASS, f"the input {subclass}, a tensor subclass"
@@ -136,7 +157,9 @@ def _warn_once(key: str, message: str) -> None:
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    patches: dict[str, Any] = (
+        dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    )
     patches.update(options.inductor)
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"

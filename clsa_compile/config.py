@@ -38,7 +38,9 @@ class Options:
         given = dict(options or {})
         if mode is not None:
             if given.get("mode", mode) != mode:
-                raise OptionError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other")
+                raise OptionError(
+                    f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other"
+                )
             given["mode"] = mode
         known = [f.name for f in fields(cls)]
         for key in given:
@@ -61,19 +63,30 @@ class Options:
 
     def _check(self) -> None:
         checks = (
-            ("share", self.share == "off", "'off' (sharing is not available in this version of clsa)"),
+            (
+                "share",
+                self.share == "off",
+                "'off' (sharing is not available in this version of clsa)",
+            ),
             ("strict", isinstance(self.strict, bool), "True or False"),
-            ("dump", self.dump is None or isinstance(self.dump, str | os.PathLike), "a folder's path, or None"),
+            (
+                "dump",
+                self.dump is None or isinstance(self.dump, str | os.PathLike),
+                "a folder's path, or None",
+            ),
             (
                 "inductor",
-                isinstance(self.inductor, Mapping) and all(isinstance(k, str) for k in self.inductor),
+                isinstance(self.inductor, Mapping)
+                and all(isinstance(k, str) for k in self.inductor),
                 "a dict of Inductor's options by name",
             ),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
         )
         for name, ok, accepted in checks:
             if not ok:
-                raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
+                raise OptionError(
+                    f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}"
+                )
 
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""

@@ -37,7 +37,9 @@ class Dump:
                 except FileExistsError:
                     number += 1
         except OSError as error:
-            raise OptionError(f"the option 'dump' is {root!r}, where no folder can be made: {error}") from error
+            raise OptionError(
+                f"the option 'dump' is {root!r}, where no folder can be made: {error}"
+            ) from error
 
     def graph(self, stage: str, captured: Captured) -> None:
         """Writes a graph as readable Python."""

@@ -20,9 +20,9 @@ Part: TypeAlias = tuple[int, int, bool]
 
 # Programs that fill the chips this was measured on (H100: 132 SMs), once.
 CHIP = 132
-# Shared memory that the loads in flight of one program may take, in bytes: two programs an SM on
-# sm_90 and sm_100, one on sm_80.
-LOADS_IN_FLIGHT = 98304
+# Shared memory that the loads in flight of one program may take, in bytes. With what else a program
+# needs this fits sm_80 (163 KiB), sm_90 and sm_100 (227 KiB).
+LOADS_IN_FLIGHT = 131072
 
 
 def static(size: Any) -> bool:
@@ -128,7 +128,7 @@ def bounds_arguments(bounds: Tensor | None) -> dict[str, Any]:
 def output(q: Tensor, dv: int) -> Tensor:
     """Returns an empty [B, S, H, Dv]: its transpose is what projections after attention read fastest."""
     b, h, s, _ = q.shape
-    return torch.empty((b, s, h, dv), dtype=q.dtype, device=q.device)
+    return q.new_empty((b, s, h, dv))
 
 
 def split_scratch(q: Tensor, dv: int, splits: int) -> dict[str, Tensor]:
@@ -136,9 +136,9 @@ def split_scratch(q: Tensor, dv: int, splits: int) -> dict[str, Tensor]:
     b, h, s, _ = q.shape
     rows = (b, h, s, splits)
     return {
-        "part_ptr": torch.empty((*rows, dv), dtype=torch.float32, device=q.device),
-        "peak_ptr": torch.empty(rows, dtype=torch.float32, device=q.device),
-        "total_ptr": torch.empty(rows, dtype=torch.float32, device=q.device),
+        "part_ptr": q.new_empty((*rows, dv), dtype=torch.float32),
+        "peak_ptr": q.new_empty(rows, dtype=torch.float32),
+        "total_ptr": q.new_empty(rows, dtype=torch.float32),
     }
 
 

@@ -36,9 +36,7 @@ def written(node: Node) -> list[Node]:
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        value = (
-            node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        )
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         found.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, Node))
     return found
 

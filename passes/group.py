@@ -66,7 +66,13 @@ def _index_groups(sites: Iterable[AttentionSite]) -> list[Group]:
         if site.indexer is not None:
             members.setdefault(site.indexer.topk_node, []).append(site)
     return [
-        Group("index", g[0].ordinal, tuple(s.ordinal for s in g), g[0].indexer.topk, g[0].indexer.score.text)
+        Group(
+            "index",
+            g[0].ordinal,
+            tuple(s.ordinal for s in g),
+            g[0].indexer.topk,
+            g[0].indexer.score.text,
+        )
         for g in members.values()
         if g[0].indexer is not None
     ]
@@ -77,5 +83,7 @@ def _kv_groups(sites: Iterable[AttentionSite]) -> list[Group]:
     for site in sites:
         members.setdefault((site.k.root, site.v.root), []).append(site)
     return [
-        Group("kv", g[0].ordinal, tuple(s.ordinal for s in g)) for g in members.values() if len(g) > 1
+        Group("kv", g[0].ordinal, tuple(s.ordinal for s in g))
+        for g in members.values()
+        if len(g) > 1
     ]

@@ -377,7 +377,9 @@ def _simplify(e: Any, sizes: dict[Any, Any]) -> Any:
     return e.func(*args)
 
 
-def chain(node: Node, index: tuple[Any, ...], sizes: dict[Any, Any], *, casts: bool = False) -> list[View]:
+def chain(
+    node: Node, index: tuple[Any, ...], sizes: dict[Any, Any], *, casts: bool = False
+) -> list[View]:
     """Returns every view of ever deeper roots of `node[index]`, the node itself first."""
     views = [View(node, index)]
     while (one := step(views[-1].root, casts=casts)) is not None:

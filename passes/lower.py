@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import REFERENCES, contract_op
 from clsa_compile.ir.variants import Facts, Variant, select
+from clsa_compile.passes.analyze import written
+from clsa_compile.passes.emit import Emitter
+from clsa_compile.passes.indexing import step
 from clsa_compile.passes.tidy import drop_dead
 
 
@@ -50,6 +53,8 @@ def lower(
             captured.graph.erase_node(node)
             continue
         variant, reasons = select(variants, facts_of(node, op))
+        if variant is not None:
+            _pin_strides(captured, node)
         key = (op, variant.name if variant else "", _signature(node))
         if key not in traced:
             traced[key] = _trace(captured, node, _implementation(op, variant, wrap))
@@ -60,7 +65,40 @@ def lower(
     return captured, tuple(choices)
 
 
-def _implementation(op: str, variant: Variant | None, wrap: Callable[[Any], Any]) -> Callable[..., Any]:
+def _pin_strides(captured: Captured, node: Node) -> None:
+    """Copies operands of a kernel whose strides Inductor may change.
+
+    A kernel is generated for the strides that its operands have here. Graph inputs keep theirs, with
+    in-place writes and views of them; any other tensor gets contiguous, in a copy that Inductor fuses
+    into whatever makes it.
+    """
+    for leaf in dict.fromkeys(node.all_input_nodes):
+        if not isinstance(leaf.meta.get("val"), torch.Tensor) or _is_input_view(leaf):
+            continue
+        with captured.graph.inserting_before(node):
+            copy = Emitter(captured, node).call(
+                torch.ops.aten.clone.default, leaf, memory_format=torch.contiguous_format
+            )
+        node.replace_input_with(leaf, copy)
+
+
+def _is_input_view(node: Node) -> bool:
+    """Tells whether a node is a graph input's memory, seen through views and in-place writes."""
+    while node.op == "call_function":
+        inner = step(node)
+        if inner is not None and not inner.copies:
+            node = inner.root
+            continue
+        targets = written(node)
+        if len(targets) != 1 or targets[0] is not node.args[0]:
+            return False
+        node = targets[0]
+    return node.op == "placeholder"
+
+
+def _implementation(
+    op: str, variant: Variant | None, wrap: Callable[[Any], Any]
+) -> Callable[..., Any]:
     if variant is None:
         return REFERENCES[op]
     return lambda *args: variant.launch(*args, wrap=wrap)
@@ -74,7 +112,23 @@ def facts_of(node: Node, op: str) -> Facts:
     }
     if op == "mask_bounds":
         like = values["like"]
-        return Facts(op, like.device.type, like.dtype, None, 0, 0, None, None, 0, 0, 0, False, False, False, False)
+        return Facts(
+            op,
+            like.device.type,
+            like.dtype,
+            None,
+            0,
+            0,
+            None,
+            None,
+            0,
+            0,
+            0,
+            False,
+            False,
+            False,
+            False,
+        )
     q, k = values["q"], values["k"]
     mask = values["mask"]
     lse_users = [u for u in node.users if len(u.args) == 2 and u.args[1] == 1]
@@ -130,7 +184,9 @@ def _trace(captured: Captured, node: Node, implementation: Callable[..., Any]) -
 
     values = [leaves[i].meta["val"] for i in places]
     with captured.fake_mode, torch.no_grad():
-        return make_fx(call, tracing_mode="real")(*values)
+        # Pre-dispatch: views that depend on strides stay `reshape`, because Inductor's own
+        # decompositions may give operands other strides than they have here.
+        return make_fx(call, pre_dispatch=True, tracing_mode="real")(*values)
 
 
 def _inline(graph: Graph, node: Node, traced: GraphModule) -> None:

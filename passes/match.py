@@ -29,7 +29,9 @@ def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
         ordinal = len(sites) + len(rejects)
         hidden = _hidden_attention(node)
         if hidden is not None:
-            rejects.append(Reject(ordinal, node.name, module_path(node), Reason.HIGHER_ORDER, hidden))
+            rejects.append(
+                Reject(ordinal, node.name, module_path(node), Reason.HIGHER_ORDER, hidden)
+            )
             continue
         family = by_anchor.get(node.target)
         if family is None:
@@ -40,7 +42,9 @@ def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
                 continue
             sites.append(build_site(context, family.family, ordinal, module_path(node), candidate))
         except Refused as refusal:
-            rejects.append(Reject(ordinal, node.name, module_path(node), refusal.reason, refusal.detail))
+            rejects.append(
+                Reject(ordinal, node.name, module_path(node), refusal.reason, refusal.detail)
+            )
     return Sites(tuple(sites), tuple(rejects))
 
 
@@ -52,14 +56,21 @@ def _hidden_attention(node: Node) -> str | None:
     if "flex_attention" in name:
         return f"{name} is left to Inductor"
     for source in node.all_input_nodes:
-        inner = getattr(node.graph.owning_module, str(source.target), None) if source.op == "get_attr" else None
+        inner = (
+            getattr(node.graph.owning_module, str(source.target), None)
+            if source.op == "get_attr"
+            else None
+        )
         if isinstance(inner, torch.fx.GraphModule) and _attends(inner):
             return f"attention inside {name} is left to Inductor"
     return None
 
 
 def _attends(module: torch.fx.GraphModule) -> bool:
-    return any("scaled_dot_product" in str(n.target) or "softmax" in str(n.target) for n in module.graph.nodes)
+    return any(
+        "scaled_dot_product" in str(n.target) or "softmax" in str(n.target)
+        for n in module.graph.nodes
+    )
 
 
 _SOURCE = re.compile(r"\._modules\['([^']+)'\]|\._modules\[\"([^\"]+)\"\]|\['([^']+)'\]|\[(\d+)\]")
@@ -72,8 +83,8 @@ def module_path(node: Node) -> str:
         return node.name
     path = str(list(stack.values())[-1][0])
     path = _SOURCE.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
-    path = re.sub(r"^L\.self\.?", "", path.replace("L['self']", "L.self"))
-    path = re.sub(r"^(self\.|_orig_mod\.|model\.(?=model\.))", "", path.removeprefix("."))
+    # What is left of Dynamo's name for the root, such as L['self'] or L['model'], says nothing.
+    path = re.sub(r"^L(\['\w+'\]|\.\w+)\.?", "", path)
     return path or node.name
 
 

@@ -113,7 +113,9 @@ class Recovered:
 
 def is_lowest(value: float) -> bool:
     """Tells whether a constant stands for "forbidden": -inf or a dtype's lowest finite value."""
-    lowest = [torch.finfo(d).min for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    lowest = [
+        torch.finfo(d).min for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    ]
     return value == -math.inf or any(value == low for low in lowest)
 
 
@@ -199,9 +201,7 @@ class Reader:
             raise Unreadable
         rank, own = node.meta["val"].dim(), shape(value)
         shift = rank - len(own)
-        index = tuple(
-            sympy.S.Zero if own[i] == 1 else dim(i + shift) for i in range(len(own))
-        )
+        index = tuple(sympy.S.Zero if own[i] == 1 else dim(i + shift) for i in range(len(own)))
         return self._through(self.read(value), index, node)
 
     def _selection(self, node: Node) -> Element | None:
@@ -265,10 +265,14 @@ class Reader:
             if rank > len(roles):
                 return None
             table = {
-                dim(i): INDEX_SYMBOLS[role] if (role := roles[i + len(roles) - rank]) is not None else sympy.S.Zero
+                dim(i): INDEX_SYMBOLS[role]
+                if (role := roles[i + len(roles) - rank]) is not None
+                else sympy.S.Zero
                 for i in range(rank)
             }
-            element = _map(element, lambda e, t=table: e.xreplace(t) if hasattr(e, "xreplace") else e)
+            element = _map(
+                element, lambda e, t=table: e.xreplace(t) if hasattr(e, "xreplace") else e
+            )
             if isinstance(element, Condition):
                 allowed.append(element.expr)
             elif isinstance(element, Additive):
@@ -306,8 +310,13 @@ class Reader:
             if tensor is None:
                 return None
         predicate = sympy.And(*kept)
-        names = sorted({f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)} - {"floordiv", "mod"})
-        if any(_is_materialised(load) for load in predicate.atoms(sympy.core.function.AppliedUndef)):
+        names = sorted(
+            {f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)}
+            - {"floordiv", "mod"}
+        )
+        if any(
+            _is_materialised(load) for load in predicate.atoms(sympy.core.function.AppliedUndef)
+        ):
             return None
         if len(names) > MAX_INPUTS or predicate.count_ops() > MAX_TERMS:
             return None
@@ -389,7 +398,9 @@ def _is_materialised(part: Any) -> bool:
 
 
 def _has_selection(part: Any) -> bool:
-    return any(f.func.__name__.startswith("sel") for f in part.atoms(sympy.core.function.AppliedUndef))
+    return any(
+        f.func.__name__.startswith("sel") for f in part.atoms(sympy.core.function.AppliedUndef)
+    )
 
 
 def _selects_in_place(part: Any, selection: Selection) -> bool:
@@ -410,7 +421,11 @@ def _arange(reader: Reader, node: Node) -> Element:
     if node.target is not aten.arange.default:
         start = arguments[0]  # type: ignore[assignment]
         pace = arguments[2] if len(arguments) > 2 else 1  # type: ignore[assignment]
-    if not isinstance(start, int) or not isinstance(pace, int) or node.meta["val"].dtype.is_floating_point:
+    if (
+        not isinstance(start, int)
+        or not isinstance(pace, int)
+        or node.meta["val"].dtype.is_floating_point
+    ):
         raise Unreadable
     return Integer(identity(node).index[0] * pace + start)
 
@@ -423,7 +438,11 @@ def _constant(value_of: Callable[[Node], Any]) -> Rule:
             raise Unreadable
         if dtype == torch.bool:
             return Condition(sympy.true if value else sympy.false)
-        return Constant(float(value)) if dtype.is_floating_point else Integer(sympy.Integer(int(value)))
+        return (
+            Constant(float(value))
+            if dtype.is_floating_point
+            else Integer(sympy.Integer(int(value)))
+        )
 
     return rule
 
@@ -443,7 +462,11 @@ def _compare(relation: Any) -> Rule:
         left, right = (reader.operand(a, node) for a in node.args[:2])
         if isinstance(left, Integer) and isinstance(right, Integer):
             return Condition(relation(left.expr, right.expr))
-        if isinstance(left, Condition) and isinstance(right, Condition) and relation in (sympy.Eq, sympy.Ne):
+        if (
+            isinstance(left, Condition)
+            and isinstance(right, Condition)
+            and relation in (sympy.Eq, sympy.Ne)
+        ):
             both = sympy.Equivalent(left.expr, right.expr)
             return Condition(sympy.to_dnf(both if relation is sympy.Eq else sympy.Not(both)))
         raise Unreadable
@@ -551,7 +574,6 @@ def _index(reader: Reader, node: Node) -> Element:
 
 def _may_be_negative(e: Any) -> bool:
     return not bool(sympy.sympify(e).is_nonnegative)
-
 
 
 _RULES: dict[Any, Rule] = {

@@ -107,7 +107,6 @@ class _Rewriter:
         return tensor, self._bounds[key], inputs
 
 
-
 def _size(emit: Emitter, node: Node, axis: int) -> Any:
     size = node.meta["val"].shape[axis]
     return size if isinstance(size, int) else emit.call(aten.sym_size.int, node, axis)

@@ -12,7 +12,16 @@ from torch.fx import Graph, Node
 _PURE_BUILTINS: frozenset[Any] = frozenset(
     getattr(operator, name)
     for name in "getitem add sub mul truediv floordiv mod neg eq ne lt le gt ge and_ or_ not_ pow".split()
-) | {torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite, min, max}
+) | {
+    torch.sym_max,
+    torch.sym_min,
+    torch.sym_not,
+    torch.sym_int,
+    torch.sym_float,
+    torch.sym_ite,
+    min,
+    max,
+}
 _EFFECTS = (
     "_assert",
     "sym_constrain",

@@ -27,11 +27,17 @@ def verify(captured: Captured, after: str, kept: list[Node]) -> None:
     except Exception as error:
         raise VerifyError(f"after {after}: the graph is malformed: {error}") from error
     for node in captured.graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta and isinstance(node.target, torch._ops.OpOverload):
+        if (
+            node.op == "call_function"
+            and "val" not in node.meta
+            and isinstance(node.target, torch._ops.OpOverload)
+        ):
             raise VerifyError(f"after {after}: {node.name} has no value")
         if after == "lower" and node.op == "call_function" and contract_op(node.target):
             raise VerifyError(f"after {after}: the contract op {node.name} is left")
     present = [n for n in captured.graph.nodes if n in set(kept)]
     if present != kept:
         lost = [n.name for n in kept if n not in set(present)]
-        raise VerifyError(f"after {after}: mutations were lost or moved: {', '.join(lost) or 'order changed'}")
+        raise VerifyError(
+            f"after {after}: mutations were lost or moved: {', '.join(lost) or 'order changed'}"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -52,11 +53,17 @@ def capture(module: GraphModule) -> Captured:
     try:
         # `torch.fx.Interpreter` keeps every node's origin while the dispatcher is traced.
         with fake_mode, preserve_node_meta():
-            traced = make_fx(Interpreter(module).run, pre_dispatch=True, tracing_mode="real")(*values)
+            traced = make_fx(
+                Interpreter(module, garbage_collect_values=False).run,
+                pre_dispatch=True,
+                tracing_mode="real",
+            )(*values)
     except Exception as error:
-        raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {error}") from error
+        raise CaptureError(
+            f"the graph could not be traced: {type(error).__name__}: {error}"
+        ) from error
     _carry_over(module, traced)
-    _spell_out_constants(traced)
+    _spell_out_constants(traced, fake_mode)
     return Captured(traced, fake_mode, "dynamo")
 
 
@@ -82,7 +89,7 @@ def _carry_over(source: GraphModule, traced: GraphModule) -> None:
     traced.recompile()
 
 
-def _spell_out_constants(module: GraphModule) -> None:
+def _spell_out_constants(module: GraphModule, fake_mode: FakeTensorMode) -> None:
     """Turns tensor constants into ops that make them.
 
     Tracing keeps `torch.tensor(...)` as a buffer of the graph, which AOTAutograd refuses because Dynamo
@@ -100,27 +107,36 @@ def _spell_out_constants(module: GraphModule) -> None:
             object.__setattr__(module, str(node.target), value)
             continue
         with module.graph.inserting_before(node):
-            made = _spelled(module, value)
+            made = _spelled(module, value, fake_mode)
         made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
         for user in list(node.users):
-            if user.target in (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default):
-                made.meta["val"] = user.meta["val"]
+            if user.target in (
+                torch.ops.aten.lift_fresh_copy.default,
+                torch.ops.aten.lift_fresh.default,
+            ):
                 user.replace_all_uses_with(made)
                 module.graph.erase_node(user)
-        if not node.users:
-            module.graph.erase_node(node)
+        if node.users:
+            node.replace_all_uses_with(made)
+        module.graph.erase_node(node)
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
+        delattr(module, name)
     module.recompile()
 
 
-def _spelled(module: GraphModule, value: torch.Tensor) -> Node:
+def _spelled(module: GraphModule, value: torch.Tensor, fake_mode: FakeTensorMode) -> Node:
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = module.graph.call_function(target, args, kwargs)
+        with fake_mode:
+            inputs = map_arg(args, lambda n: n.meta["val"])
+            node.meta["val"] = target(*inputs, **kwargs)
+        return node
+
+    aten = torch.ops.aten
     place = {"dtype": value.dtype, "device": value.device}
     flat = value.reshape(-1).tolist()
-    call = module.graph.call_function
-    aten = torch.ops.aten
     if len(set(map(repr, flat))) <= 1:
-        made = call(aten.full.default, (list(value.shape), flat[0] if flat else 0), place)
-        made.meta["val"] = None
-        return made
-    parts = [call(aten.full.default, ([], element), place) for element in flat]
-    stacked = call(aten.stack.default, (parts,))
-    return call(aten.view.default, (stacked, list(value.shape)))
+        return call(aten.full.default, list(value.shape), flat[0] if flat else 0, **place)
+    parts = [call(aten.full.default, [], element, **place) for element in flat]
+    return call(aten.view.default, call(aten.stack.default, parts), list(value.shape))

@@ -55,7 +55,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
-        return {"sites": [asdict(s) for s in self.sites], "groups": [asdict(g) for g in self.groups]}
+        return {
+            "sites": [asdict(s) for s in self.sites],
+            "groups": [asdict(g) for g in self.groups],
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:

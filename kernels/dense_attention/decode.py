@@ -60,7 +60,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     splits = floor_power_of_two((2 if few else 4) * CHIP // heads)
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
-    warps = 8 if v.shape[3] > 256 else 4
+    warps = 8 if v.shape[3] > 256 or q.dtype == torch.float32 else 4
     return max(1, min(splits, 128)), block_n, warps, stages
 
 
@@ -85,7 +85,7 @@ def launch(
     splits, block_n, warps, stages = plan(q, k, v)
     direct = splits == 1
     out = output(q, dv)
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
     jit = kernel(
         "attention_decode",
         d_parts=parts(d),

@@ -49,7 +49,7 @@ def launch(
     """Runs `clsa::attention` through SDPA; the lse is not filled in, see `supports`."""
     b, h, s, _ = q.shape
     hkv, t = k.shape[1], k.shape[2]
-    lse = torch.empty((b, h, s), dtype=torch.float32, device=q.device)
+    lse = q.new_empty((b, h, s), dtype=torch.float32)
     grouped = h != hkv
     if mask is None and (not predicate or is_causal(predicate, s, t)):
         out = scaled_dot_product_attention(

@@ -39,7 +39,7 @@ def plan(d: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
     block_h = 16 if group == 1 else min(64, max(16, power_of_two(group)))
     wide = padded_width(d)
     if dtype == torch.float32:
-        return (32 if wide > 128 else 64), min(block_h, 32), 4
+        return 32, 16, 8
     # Measured on an H100 with 64 heads of 128: 128 keys, 8 warps.
     return (128 if wide <= 256 else 64), block_h, (8 if group > 16 else 4)
 
@@ -66,7 +66,7 @@ def scan(
     block_n, block_h, warps = plan(d, h // hkv, q.dtype)
     heads = hkv if per_kv_head else 1
     tpad = padded(t)
-    scores = torch.empty((b, heads, s, tpad), dtype=torch.float32, device=q.device)
+    scores = q.new_empty((b, heads, s, tpad), dtype=torch.float32)
     jit = kernel(
         "index_scan_decode",
         score=score,
@@ -123,7 +123,7 @@ def launch(
         q, k, weight, lse, mask, bounds, mask_inputs, scale, score, predicate, per_kv_head, wrap=wrap
     )
     b, heads, s, _ = scores.shape
-    out = torch.empty((b, heads, s, topk), dtype=torch.int32, device=q.device)
+    out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
     select(scores, bounds, out, 0, k.shape[2], wrap)
     return out
 

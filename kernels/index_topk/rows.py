@@ -90,12 +90,12 @@ def launch(
     )
     args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
     args |= bounds_arguments(bounds) | mask_arguments(mask, mask_inputs) | strides("k", "bhtd", k)
-    out = torch.empty((b, heads, s, topk), dtype=torch.int32, device=q.device)
+    out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
     chunk = rows_at_once(b, heads, s, t)
     for first in range(0, s, chunk) if static(s) else (0,):
         rows = min(chunk, s - first) if static(s) else s
         tpad = padded(t)
-        scores = torch.empty((b, heads, rows, tpad), dtype=torch.float32, device=q.device)
+        scores = q.new_empty((b, heads, rows, tpad), dtype=torch.float32)
         wrap(jit)[(ceil_div(t, block_n), ceil_div(rows, block_m), b * heads)](
             q_ptr=q,
             k_ptr=k,

@@ -47,13 +47,12 @@ def select(
     s, topk = out.shape[2], out.shape[3]
     lines = b * heads * rows
     nt = segments(lines, t)
-    device = scores.device
     shared = {
         "scores_ptr": scores,
         **bounds_arguments(bounds),
-        "counts_ptr": torch.empty((lines, 4, nt, 256), dtype=torch.int32, device=device),
-        "above_ptr": torch.empty((lines, 4, nt), dtype=torch.int32, device=device),
-        "state_ptr": torch.empty((lines, 4, 2), dtype=torch.int64, device=device),
+        "counts_ptr": scores.new_empty((lines, 4, nt, 256), dtype=torch.int32),
+        "above_ptr": scores.new_empty((lines, 4, nt), dtype=torch.int32),
+        "state_ptr": scores.new_empty((lines, 4, 2), dtype=torch.int64),
         "T": t,
         "TPAD": tpad,
         "TOPK": topk,
@@ -63,7 +62,8 @@ def select(
         "HOUT": heads,
         "NT": nt,
         "BLOCK_N": CHUNK,
-        "num_warps": 8,
+        # The counts of all segments of a row are held at once, 256 each.
+        "num_warps": 16 if nt > 16 else 8,
         "num_stages": 1,
     }
     for level in range(4):

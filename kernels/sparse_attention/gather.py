@@ -57,7 +57,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int
         block_n, stages = min(block_n, 32), 2
     splits = floor_power_of_two(4 * CHIP // programs)
     longest = topk // 128 if static(topk) else 16
-    warps = 8 if v.shape[3] > 256 else 4
+    warps = 8 if v.shape[3] > 256 or q.dtype == torch.float32 else 4
     return max(1, min(splits, 16, floor_power_of_two(longest))), block_n, warps, stages
 
 

@@ -12,7 +12,16 @@ from torch.fx import Node
 
 from clsa_compile.ir.masks import INDEX_SYMBOLS, KV_, Q_
 from clsa_compile.ir.sites import Reason, Refused
-from clsa_compile.passes.indexing import argument, dim, is_cast, is_tensor, same, shape, step, substitute
+from clsa_compile.passes.indexing import (
+    argument,
+    dim,
+    is_cast,
+    is_tensor,
+    same,
+    shape,
+    step,
+    substitute,
+)
 from clsa_compile.passes.patterns.pattern import (
     E_,
     Candidate,
@@ -61,7 +70,9 @@ def _match(context: Context, node: Node) -> Candidate | None:
     axis = argument(node, 1, "dim", -1)
     roles = roles_of(rank)
     refuse_unless(
-        roles is not None, Reason.SHAPE, f"scores of rank {rank}; [batch, heads, queries, keys] is understood"
+        roles is not None,
+        Reason.SHAPE,
+        f"scores of rank {rank}; [batch, heads, queries, keys] is understood",
     )
     assert roles is not None
     refuse_unless(axis in (-1, rank - 1), Reason.LAYOUT, "the softmax does not run over the keys")
@@ -142,7 +153,9 @@ def _check_probabilities(node: Node, values: Product) -> bool:
             continue
         if current.target is aten.dropout.default:
             p, training = current.args[1], current.args[2]
-            refuse_unless(not training or p == 0, Reason.DROPOUT, f"probabilities are dropped with p = {p}")
+            refuse_unless(
+                not training or p == 0, Reason.DROPOUT, f"probabilities are dropped with p = {p}"
+            )
             continue
         if current.target is aten.slice.Tensor and not trimmed:
             trimmed = _cuts_last_column(current)
@@ -161,7 +174,10 @@ def _cuts_last_column(node: Node) -> bool:
     axis = argument(node, 1, "dim", 0) % rank
     start, pace = argument(node, 2, "start", 0), argument(node, 4, "step", 1)
     return (
-        axis == rank - 1 and start in (0, None) and pace == 1 and same(shape(node)[-1], shape(source)[-1] - 1)
+        axis == rank - 1
+        and start in (0, None)
+        and pace == 1
+        and same(shape(node)[-1], shape(source)[-1] - 1)
     )
 
 
@@ -184,7 +200,9 @@ def _value_indices(
         symbol = INDEX_SYMBOLS[role]
         if e == 0 and sizes[symbol] == 1:
             continue
-        refuse_unless(e in [dim(i) for i in range(rank)], Reason.LAYOUT, "an output of unknown layout")
+        refuse_unless(
+            e in [dim(i) for i in range(rank)], Reason.LAYOUT, "an output of unknown layout"
+        )
         out_roles[[dim(i) for i in range(rank)].index(e)] = symbol
         table[e] = symbol
     width = values.right_index[_value_axis(values)]
@@ -235,7 +253,10 @@ def _less_maximum(node: Node) -> Node:
 
 
 def _sink_parts(node: Node) -> tuple[Node, Node] | None:
-    if node.target is not aten.cat.default or argument(node, 1, "dim", 0) not in (-1, node.meta["val"].dim() - 1):
+    if node.target is not aten.cat.default or argument(node, 1, "dim", 0) not in (
+        -1,
+        node.meta["val"].dim() - 1,
+    ):
         return None
     parts = node.args[0]
     if not isinstance(parts, list | tuple) or len(parts) != 2:
@@ -261,7 +282,12 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
         x, sink = split
         sole_user(x)
         sinks = Part(sink, (*role_index(roles, sizes)[:-1], sympy.S.Zero))
-        sinks = Part(sink, tuple(sympy.S.Zero if s == 1 else e for e, s in zip(sinks.index, shape(sink), strict=True)))
+        sinks = Part(
+            sink,
+            tuple(
+                sympy.S.Zero if s == 1 else e for e, s in zip(sinks.index, shape(sink), strict=True)
+            ),
+        )
     for _ in range(32):
         found = product(x)
         if found is not None:
@@ -271,7 +297,9 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
             source = x.args[0]
             assert isinstance(source, Node)
             refuse_unless(
-                source.meta["val"].dtype.is_floating_point, Reason.DTYPE, f"scores from {source.meta['val'].dtype}"
+                source.meta["val"].dtype.is_floating_point,
+                Reason.DTYPE,
+                f"scores from {source.meta['val'].dtype}",
             )
             x = source
         elif (view := step(x)) is not None:
@@ -279,11 +307,15 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
             x = view.root
         elif (masked := read_mask(x)) is not None:
             refuse_unless(stage == 0, Reason.ORDER, f"the mask in {x.name} comes before the scale")
-            refuse_unless(index == role_index(roles, sizes), Reason.LAYOUT, "a mask on reshaped scores")
+            refuse_unless(
+                index == role_index(roles, sizes), Reason.LAYOUT, "a mask on reshaped scores"
+            )
             x, mask = masked
             masks.append(mask)
         elif (capped := _softcap(x)) is not None:
-            refuse_unless(stage == 0, Reason.ORDER, f"the softcap in {x.name} comes before the scale")
+            refuse_unless(
+                stage == 0, Reason.ORDER, f"the softcap in {x.name} comes before the scale"
+            )
             stage = 1
             x, softcap = capped
         elif (scaled := read_scale(x)) is not None:
@@ -377,7 +409,11 @@ def read_scale(node: Node) -> tuple[Node, float] | None:
     if not is_tensor(x) or not isinstance(x, Node):
         return None
     value = constant(factor)
-    if value is None and isinstance(factor, Node) and not isinstance(factor.meta.get("val"), torch.Tensor):
+    if (
+        value is None
+        and isinstance(factor, Node)
+        and not isinstance(factor.meta.get("val"), torch.Tensor)
+    ):
         raise Refused(Reason.SCALE, f"the scale {factor.name} is not a constant")
     if value is None or value == 0:
         return None
@@ -396,4 +432,3 @@ def _sides(walk: Scores, sizes: dict[Any, Any]) -> tuple[Part, Part]:
 
 
 EAGER = Pattern("eager", SOFTMAX, _match)
-

@@ -18,7 +18,7 @@ from torch.fx import Node
 from clsa_compile.ir.masks import B_, H_, KV_, Q_, conjuncts
 from clsa_compile.ir.scores import DOT, DOT_PRODUCT, SCORES, WEIGHT, Score
 from clsa_compile.ir.sites import IndexerSite, MaskSpec, Reason, Refused
-from clsa_compile.passes.indexing import argument, dim, is_cast, shape, step, substitute
+from clsa_compile.passes.indexing import argument, dim, is_cast, same, shape, step, substitute, sym
 from clsa_compile.passes.patterns.eager import read_mask, read_scale
 from clsa_compile.passes.patterns.pattern import (
     C_,
@@ -66,8 +66,9 @@ def read_indexer(context: Context, selection: Selection, attention: Recovered) -
         Reason.TOPK,
         "only one selected set per query row is understood",
     )
-    refuse_unless(isinstance(wanted, int), Reason.TOPK, f"k is {wanted}, not a constant")
-    assert isinstance(wanted, int)
+    topk = _constant_k(wanted, shape(scores)[-1])
+    refuse_unless(topk is not None, Reason.TOPK, f"k is {wanted}, not a constant")
+    assert topk is not None
     # 2. The top-k's values are not used, its indices only select.
     _check_users(node)
     # 3. The scores are those of an indexer, read by the top-k alone.
@@ -98,7 +99,9 @@ def read_indexer(context: Context, selection: Selection, attention: Recovered) -
         q = plain_operand(context, left, (B_, H_, Q_, C_), candidate, "the index query")
         k = plain_operand(context, right, (B_, _ONE, KV_, C_), candidate, "the index key")
     refuse_unless(
-        q.root.meta["val"].dtype == k.root.meta["val"].dtype, Reason.DTYPE, "index query and key differ in dtype"
+        q.root.meta["val"].dtype == k.root.meta["val"].dtype,
+        Reason.DTYPE,
+        "index query and key differ in dtype",
     )
     weight = None
     if reading.weight is not None:
@@ -106,7 +109,11 @@ def read_indexer(context: Context, selection: Selection, attention: Recovered) -
     # 4. A token that the indexer may not see, attention may not see either: then a row with fewer
     #    than k valid tokens attends to the same tokens whatever fills up its set.
     mask = context.reader.recover(reading.masks, _ROLES)
-    refuse_unless(mask is not None and mask.selection is None, Reason.MASK, "the indexer's mask cannot be read")
+    refuse_unless(
+        mask is not None and mask.selection is None,
+        Reason.MASK,
+        "the indexer's mask cannot be read",
+    )
     assert mask is not None
     refuse_unless(
         implies(attention.spec, mask.spec),
@@ -121,8 +128,23 @@ def read_indexer(context: Context, selection: Selection, attention: Recovered) -
         scale=reading.scale,
         score=_score(reading),
         mask=mask.spec,
-        topk=wanted,
+        topk=topk,
     )
+
+
+def _constant_k(wanted: Any, keys: Any) -> int | None:
+    """Returns k of `k` or of `min(k, T)`; a shorter row's set is padded anyway."""
+    if isinstance(wanted, int):
+        return wanted
+    value = wanted.meta.get("val") if isinstance(wanted, Node) else None
+    if not isinstance(value, torch.SymInt):
+        return None
+    expr = sym(value)
+    if type(expr).__name__ != "Min" or len(expr.args) != 2:
+        return None
+    constants = [int(a) for a in expr.args if a.is_Integer]
+    others = [a for a in expr.args if not a.is_Integer]
+    return constants[0] if len(constants) == 1 and same(others[0], keys) else None
 
 
 def canonical(spec: MaskSpec) -> tuple[frozenset[Any], Any]:
@@ -133,7 +155,9 @@ def canonical(spec: MaskSpec) -> tuple[frozenset[Any], Any]:
             name = load.func.__name__
             if name.startswith("in"):
                 node = spec.inputs[int(name[2:])]
-                part = part.subs(load, sympy.Function(f"node_{node.name}", integer=True)(*load.args))
+                part = part.subs(
+                    load, sympy.Function(f"node_{node.name}", integer=True)(*load.args)
+                )
         parts.add(part)
     tensor = None
     if spec.tensor is not None:
@@ -153,14 +177,22 @@ def _check_users(node: Node) -> None:
         if user.target.__name__ == "getitem" and user.args[1] == 1:  # type: ignore[union-attr]
             _check_index_users(user)
         elif user.users:
-            raise Refused(Reason.USERS, f"the selected scores are used by {next(iter(user.users)).name}")
+            raise Refused(
+                Reason.USERS, f"the selected scores are used by {next(iter(user.users)).name}"
+            )
 
 
 def _check_index_users(node: Node) -> None:
     for user in node.users:
         if is_cast(user) and top_indices(user) is not None:
             _check_index_users(user)
-        elif user.target not in (aten.scatter.value, aten.scatter_.value, aten.new_ones.default, aten.new_zeros.default, aten.new_full.default):
+        elif user.target not in (
+            aten.scatter.value,
+            aten.scatter_.value,
+            aten.new_ones.default,
+            aten.new_zeros.default,
+            aten.new_full.default,
+        ):
             raise Refused(Reason.USERS, f"the selected indices are also used by {user.name}")
 
 
@@ -175,7 +207,9 @@ def _walk(scores: Node, sizes: dict[Any, Any]) -> Reading:
             reading.masks = masks
             return reading
         if (masked := read_mask(x)) is not None:
-            refuse_unless(index == role_index(_ROLES, sizes), Reason.LAYOUT, "a mask on reshaped scores")
+            refuse_unless(
+                index == role_index(_ROLES, sizes), Reason.LAYOUT, "a mask on reshaped scores"
+            )
             x, mask = masked
             masks.append(mask)
         elif is_cast(x):
@@ -205,7 +239,9 @@ def _reduction(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any]) -> Readin
         points.pointwise = WEIGHT * points.pointwise
         points.heads = found.summed
         return points
-    reduce = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean", aten.amax.default: "max"}.get(x.target)
+    reduce = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean", aten.amax.default: "max"}.get(
+        x.target
+    )
     if reduce is None:
         return None
     return _summed(x, index, sizes, reduce)
@@ -224,7 +260,11 @@ def _comes_from_product(node: Node) -> bool:
     for _ in range(16):
         if product(node) is not None:
             return True
-        known = node.target in (aten.relu.default, aten.clamp_min.default) or is_cast(node) or step(node) is not None
+        known = (
+            node.target in (aten.relu.default, aten.clamp_min.default)
+            or is_cast(node)
+            or step(node) is not None
+        )
         if not known and read_scale(node) is None:
             return False
         node = node.args[0]  # type: ignore[assignment]
@@ -266,7 +306,9 @@ def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str)
     rank = source.meta["val"].dim()
     axes = argument(x, 1, "dim")
     axes = [axes] if isinstance(axes, int) else list(axes or [])
-    refuse_unless(len(axes) == 1, Reason.SCORE, "the index scores are reduced over several dimensions")
+    refuse_unless(
+        len(axes) == 1, Reason.SCORE, "the index scores are reduced over several dimensions"
+    )
     axis = axes[0] % rank
     inner = list(index)
     if argument(x, 2, "keepdim", False):
@@ -288,9 +330,13 @@ def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str)
             tuple(sympy.S.Zero if s == 1 else inner[i + shift] for i, s in enumerate(own)),
         )
         refuse_unless(
-            not any(e.has(KV_) for e in weight.index), Reason.SCORE, "the head weights depend on the key"
+            not any(e.has(KV_) for e in weight.index),
+            Reason.SCORE,
+            "the head weights depend on the key",
         )
-    refuse_unless(_comes_from_product(source), Reason.SCORE, "what is reduced over heads is not a product")
+    refuse_unless(
+        _comes_from_product(source), Reason.SCORE, "what is reduced over heads is not a product"
+    )
     reading = _pointwise(source, tuple(inner), sizes, x)
     reading.heads, reading.reduce, reading.weight = heads, reduce, weight
     if weight is not None:
@@ -315,6 +361,3 @@ def _score(reading: Reading) -> Score:
     if reading.pointwise == DOT:
         return DOT_PRODUCT
     return Score("custom", reading.pointwise, reading.reduce)  # type: ignore[arg-type]
-
-
-

@@ -127,7 +127,8 @@ def kv_operand(
             best = (*found, view)
     if best is None:
         raise Refused(
-            Reason.LAYOUT, f"{name} ({part.node.name}) is not laid out as [batch, heads, tokens, width]"
+            Reason.LAYOUT,
+            f"{name} ({part.node.name}) is not laid out as [batch, heads, tokens, width]",
         )
     operand, kv_heads, view = best
     refuse_unless(
@@ -173,12 +174,19 @@ def check_writes(context: Context, view: View, first_read: Node, out: Node, name
         write = context.order.write_between(view.root, read, out)
         if write is not None:
             raise Refused(
-                Reason.MUTATION, f"{name} ({view.root.name}) is written by {write.name} before it is used"
+                Reason.MUTATION,
+                f"{name} ({view.root.name}) is written by {write.name} before it is used",
             )
 
 
 def plain_operand(
-    context: Context, part: Part, roles: Sequence[Any], candidate: Candidate, name: str, *, casts: bool = False
+    context: Context,
+    part: Part,
+    roles: Sequence[Any],
+    candidate: Candidate,
+    name: str,
+    *,
+    casts: bool = False,
 ) -> Operand:
     """Returns an operand whose dimensions are exactly `roles`, in any order, of the wanted sizes."""
     best: Operand | None = None
@@ -191,7 +199,9 @@ def plain_operand(
         if not casts:
             break  # the node itself will do
     if best is None:
-        raise Refused(Reason.LAYOUT, f"{name} ({part.node.name}) is not laid out as attention needs it")
+        raise Refused(
+            Reason.LAYOUT, f"{name} ({part.node.name}) is not laid out as attention needs it"
+        )
     return best
 
 
@@ -203,7 +213,9 @@ def _sizes_fit(root: Node, operand: Operand, roles: Sequence[Any], sizes: dict[A
     )
 
 
-def build_site(context: Context, family: str, ordinal: int, path: str, candidate: Candidate) -> AttentionSite:
+def build_site(
+    context: Context, family: str, ordinal: int, path: str, candidate: Candidate
+) -> AttentionSite:
     """Checks a candidate's operands and masks, and returns the site. Raises Refused."""
     # 1. Head counts and widths are static.
     refuse_unless(
@@ -261,9 +273,7 @@ def _same_heads(candidate: Candidate) -> tuple[Operand, Operand, int]:
     return k, v, candidate.sizes[H_]
 
 
-def _mask(
-    context: Context, candidate: Candidate
-) -> tuple[MaskSpec, IndexerSite | None, bool, str]:
+def _mask(context: Context, candidate: Candidate) -> tuple[MaskSpec, IndexerSite | None, bool, str]:
     recovered = context.reader.recover(candidate.masks, candidate.roles)
     if recovered is not None and _inputs_stay(context, recovered, candidate):
         indexer, note = None, ""
@@ -277,8 +287,13 @@ def _mask(
             return _with_causal(recovered.spec, candidate), indexer, True, ""
         return _as_tensor(context, candidate), None, True, note
     spec = _as_tensor(context, candidate)
-    return spec, None, _reads_topk(candidate.masks), "" if not _reads_topk(candidate.masks) else (
-        "the selection is applied as a mask: its form is not known"
+    return (
+        spec,
+        None,
+        _reads_topk(candidate.masks),
+        ""
+        if not _reads_topk(candidate.masks)
+        else ("the selection is applied as a mask: its form is not known"),
     )
 
 
@@ -302,7 +317,9 @@ def _inputs_stay(context: Context, recovered: Recovered, candidate: Candidate) -
 def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
     """Carries the mask as the tensor that the model made."""
     refuse_unless(
-        len(candidate.masks) == 1, Reason.MASK, f"{len(candidate.masks)} masks that cannot be read as one"
+        len(candidate.masks) == 1,
+        Reason.MASK,
+        f"{len(candidate.masks)} masks that cannot be read as one",
     )
     mask = candidate.masks[0]
     value = mask.meta["val"]
@@ -312,7 +329,9 @@ def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
         f"a mask of dtype {value.dtype}",
     )
     write = context.order.write_between(mask, candidate.first_read, candidate.out)
-    refuse_unless(write is None, Reason.MUTATION, f"the mask ({mask.name}) is written before it is used")
+    refuse_unless(
+        write is None, Reason.MUTATION, f"the mask ({mask.name}) is written before it is used"
+    )
     roles = candidate.roles[len(candidate.roles) - value.dim() :]
     dims: list[int | None] = [None] * 4
     for position, role in enumerate(roles):

@@ -1,0 +1,60 @@
+"""On a real GPU: whole models through Inductor and the generated kernels. Marked `gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from clsa_compile.testing import generate_steps, largest_difference, tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "glm_moe_dsa", "gemma2", "gpt_oss", "gemma3n_text"])
+def test_fp32_equals_eager(family: str, attention: str, cache: str) -> None:
+    model = tiny(family, attention).cuda()
+    expected = generate_steps(model, model.config, cache=cache)
+    actual = generate_steps(torch.compile(model, backend="clsa"), model.config, cache=cache)
+    assert largest_difference(expected, actual) < 1e-4
+    assert counters["clsa"]["left"] == 0
+    assert counters["clsa"]["sites"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "glm_moe_dsa"])
+def test_bf16_is_within_the_budget_of_eager(family: str) -> None:
+    model = tiny(family, head_dim=64 if family == "llama" else 8).cuda()
+    exact = generate_steps(model, model.config)
+    half = model.to(torch.bfloat16)
+    expected = generate_steps(half, model.config)
+    actual = generate_steps(torch.compile(half, backend="clsa"), model.config)
+    budget = 2 * largest_difference(exact, expected) + 1e-2
+    assert largest_difference(exact, actual) < budget
+
+
+@pytest.mark.parametrize("family", ["llama", "glm_moe_dsa"])
+def test_a_cuda_graph_captured_short_replays_right_at_a_longer_length(family: str) -> None:
+    model = tiny(family, max_position_embeddings=512).cuda()
+    run = torch.compile(model, backend="clsa", options={"mode": "reduce-overhead"})
+    expected = generate_steps(model, model.config, steps=40, length=64)
+    actual = generate_steps(run, model.config, steps=40, length=64)
+    assert largest_difference(expected, actual) < 1e-4
+
+
+def test_no_contract_op_is_left_in_the_compiled_code() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = tiny("llama").cuda()
+    run = torch.compile(model, backend="clsa")
+    _, codes = run_and_get_code(lambda: generate_steps(run, model.config, steps=2))
+    text = "\n".join(codes)
+    assert "torch.ops.clsa" not in text
+    assert "attention_decode" in text

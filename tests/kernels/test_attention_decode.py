@@ -1,0 +1,220 @@
+"""kernels/dense_attention/decode.py against `attention_reference`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import mask_bounds_reference
+from clsa_compile.ir.variants import Facts
+from clsa_compile.kernels.dense_attention.decode import plan, supports
+
+Run = Callable[..., Any]
+
+
+def arguments(
+    device: str,
+    sizes: tuple[int, int, int, int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+    inputs: tuple[Tensor, ...] = (),
+    predicate: str = "",
+    bounds: bool = False,
+    sinks: bool = False,
+    softcap: float = 0.0,
+) -> tuple[Any, ...]:
+    b, h, hkv, s, t, d, dv = sizes
+    q = torch.randn(b, h, s, d, device=device, dtype=dtype)
+    k = torch.randn(b, hkv, t, d, device=device, dtype=dtype)
+    v = torch.randn(b, hkv, t, dv, device=device, dtype=dtype)
+    around = mask_bounds_reference(q, mask, inputs, h, t, predicate) if bounds else None
+    sink = torch.randn(h, device=device, dtype=dtype) * 3 if sinks else None
+    return (q, k, v, mask, around, list(inputs), sink, d**-0.5, softcap, predicate)
+
+
+def random_mask(device: str, *sizes: int, share: float = 0.5) -> Tensor:
+    return torch.rand(sizes, device=device) < share
+
+
+SIZES = [
+    (1, 4, 2, 1, 100, 32, 32),
+    (2, 6, 2, 3, 77, 16, 32),
+    (1, 3, 3, 1, 65, 80, 48),
+    (1, 2, 1, 8, 130, 24, 16),
+    (1, 1, 1, 1, 1, 16, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_sizes(device: str, run: Run, judge: Any, sizes: Any, dtype: torch.dtype) -> None:
+    args = arguments(device, sizes, dtype)
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 90), (2, 1, 3, 90), (2, 4, 3, 90), (1, 4, 1, 1), (3, 90)])
+@pytest.mark.parametrize("kind", ["bool", "additive", "lowest"])
+def test_mask_tensors(device: str, run: Run, judge: Any, shape: Any, kind: str) -> None:
+    mask = random_mask(device, *shape)
+    mask.view(-1)[0] = True
+    if len(shape) == 4 and shape[2] == 3:
+        mask[0, 0, 1] = False
+    if kind != "bool":
+        lowest = -math.inf if kind == "additive" else torch.finfo(torch.float32).min
+        mask = torch.where(mask, torch.randn(shape, device=device), lowest)
+    args = arguments(device, (2, 4, 2, 3, 90, 32, 32), mask=mask)
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+def test_predicates_read_their_inputs(device: str, run: Run, judge: Any) -> None:
+    position = torch.tensor([40, 41, 42], device=device)
+    padding = torch.rand(2, 90, device=device) < 0.8
+    heads = torch.tensor([1, 0, 1, 1], device=device, dtype=torch.int32)
+    predicate = "(kv <= in0(q)) & Ne(in1(b, kv), 0) & (Eq(mod(h, 2), 1) | (kv > in2(h) - 3 + floordiv(q, 2)))"
+    args = arguments(
+        device,
+        (2, 4, 2, 3, 90, 32, 32),
+        inputs=(position, padding, heads),
+        predicate=predicate,
+        bounds=True,
+    )
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+@pytest.mark.parametrize("valid", [0, 1, 33, 200])
+def test_bounds_and_empty_rows(device: str, run: Run, judge: Any, valid: int) -> None:
+    mask = torch.zeros(2, 1, 2, 200, dtype=torch.bool, device=device)
+    mask[0, 0, 0, :valid] = True
+    mask[1, 0, 1, max(0, 150 - valid) : 150] = True
+    args = arguments(device, (2, 4, 2, 2, 200, 32, 32), mask=mask, bounds=True)
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+def test_what_lies_outside_the_bounds_is_not_read(device: str, run: Run, judge: Any) -> None:
+    mask = torch.zeros(1, 1, 1, 300, dtype=torch.bool, device=device)
+    mask[..., 70:140] = True
+    args = arguments(device, (1, 4, 2, 1, 300, 32, 32), mask=mask, bounds=True)
+    expected = run("attention", "decode", *args)[0]
+    for x in args[1:3]:
+        x[:, :, 140:] = math.nan
+    assert torch.equal(run("attention", "decode", *args)[0], expected)
+
+
+@pytest.mark.parametrize("splits", ["split", "direct"])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_sinks_and_softcap(
+    device: str, run: Run, judge: Any, splits: str, sinks: bool, softcap: float
+) -> None:
+    t = 100 if splits == "split" else 20
+    args = arguments(device, (1, 4, 2, 2, t, 32, 16), sinks=sinks, softcap=softcap)
+    assert (plan(*args[:3])[0] == 1) == (splits == "direct")
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+def test_caches_of_any_strides_are_read_in_place(device: str, run: Run, judge: Any) -> None:
+    args = list(arguments(device, (2, 4, 2, 1, 60, 32, 32)))
+    wide = torch.randn(2, 60, 2, 96, device=device)
+    args[1], args[2] = wide[..., :32].transpose(1, 2), wide[..., 32:64].transpose(1, 2)
+    args[0] = args[0].transpose(0, 1).contiguous().transpose(0, 1)
+    judge("attention")(run("attention", "decode", *args), tuple(args))
+
+
+def test_nan_reaches_its_row_only(device: str, run: Run) -> None:
+    args = arguments(device, (1, 4, 2, 1, 60, 32, 32))
+    args[0][0, 1] = math.nan
+    out, _ = run("attention", "decode", *args)
+    assert out[0, 1].isnan().all()
+    assert not out[0, [0, 2, 3]].isnan().any()
+
+
+# --- on the chip only: bf16, real sizes, and what a race would show ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 24, 8, 1, 8192, 128, 128),
+        (4, 24, 8, 1, 4099, 128, 128),
+        (1, 8, 1, 3, 2048, 64, 64),
+        (2, 4, 4, 8, 1000, 80, 80),
+        (1, 12, 4, 2, 1500, 96, 96),
+        (1, 16, 16, 1, 3000, 192, 128),
+        (1, 8, 4, 1, 2500, 256, 256),
+    ],
+)
+def test_on_the_chip(run: Run, judge: Any, sizes: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    args = arguments("cuda", sizes, dtype)
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s", range(1, 9))
+def test_speculative_rows_with_everything_on(run: Run, judge: Any, s: int) -> None:
+    torch.manual_seed(s)
+    mask = torch.randn(2, 1, s, 3000, device="cuda", dtype=torch.bfloat16)
+    mask[:, :, :, 2000:] = -math.inf
+    mask[1, :, 0] = -math.inf
+    position = torch.arange(1900, 1900 + s, device="cuda")
+    args = arguments(
+        "cuda",
+        (2, 8, 2, s, 3000, 128, 128),
+        torch.bfloat16,
+        mask,
+        (position,),
+        "kv <= in0(q)",
+        bounds=True,
+        sinks=True,
+        softcap=30.0,
+    )
+    judge("attention")(run("attention", "decode", *args), args)
+
+
+@pytest.mark.gpu
+def test_every_launch_gives_the_same_bits(run: Run) -> None:
+    torch.manual_seed(0)
+    args = arguments("cuda", (2, 24, 8, 1, 40000, 128, 128), torch.bfloat16)
+    expected = run("attention", "decode", *args)
+    for _ in range(20):
+        for got, want in zip(run("attention", "decode", *args), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(run: Run, judge: Any) -> None:
+    b, h, hkv, t, d = 3, 8, 8, 800_000, 128
+    q = torch.randn(b, h, 1, d, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(b, hkv, t, d, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    args = (q, k, k, None, None, [], None, d**-0.5, 0.0, "")
+    out, lse = run("attention", "decode", *args)
+    for i in range(b):
+        one = torch.nn.functional.scaled_dot_product_attention(
+            q[i : i + 1].float(), k[i : i + 1].float(), k[i : i + 1].float()
+        )
+        torch.testing.assert_close(out[i : i + 1].float(), one, atol=2e-4, rtol=2e-2)
+    assert lse.isfinite().all()
+
+
+def facts(**changes: Any) -> Facts:
+    known: dict[str, Any] = {
+        "op": "attention", "device": "cuda", "dtype": torch.bfloat16, "B": 1, "H": 8, "Hkv": 2, "S": 1,
+        "T": 100, "D": 64, "Dv": 64, "topk": 0, "softcap": True, "sinks": True, "additive": True,
+        "lse_used": True,
+    }  # fmt: skip
+    return Facts(**(known | changes))
+
+
+def test_what_is_refused_has_a_reason() -> None:
+    assert supports(facts()).ok
+    for changes in ({"S": 9}, {"S": None}, {"H": 256, "Hkv": 1}, {"D": 1024}):
+        support = supports(facts(**changes))
+        assert not support.ok
+        assert support.reason

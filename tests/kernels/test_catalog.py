@@ -1,0 +1,137 @@
+"""kernels/catalog.py, and what every variant in it must be: traceable, choosable, hashable."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from clsa_compile.ir.ops import REFERENCES
+from clsa_compile.ir.scores import LIGHTNING
+from clsa_compile.ir.variants import Facts, Variant, select
+from clsa_compile.kernels import catalog
+from clsa_compile.kernels.catalog import VARIANTS
+
+B, H, HKV, D, TOPK = 3, 8, 2, 64, 32
+
+
+def facts(op: str, **changes: Any) -> Facts:
+    known: dict[str, Any] = {
+        "op": op, "device": "cuda", "dtype": torch.bfloat16, "B": 1, "H": 8, "Hkv": 2, "S": 1, "T": 4096,
+        "D": 128, "Dv": 128, "topk": 256, "softcap": False, "sinks": False, "additive": False,
+        "lse_used": False,
+    }  # fmt: skip
+    return Facts(**(known | changes))
+
+
+def test_every_op_has_a_variant_for_decode_and_for_prompts() -> None:
+    for op in ("attention", "sparse_attention", "index_topk"):
+        for s in (1, 8, 9, 4096):
+            variant, reasons = select(VARIANTS, facts(op, S=s))
+            assert variant is not None, reasons
+
+
+def test_names_are_unique_and_ops_exist() -> None:
+    names = [(v.op, v.name) for v in VARIANTS]
+    assert len(set(names)) == len(names)
+    assert {op for op, _ in names} <= set(REFERENCES)
+
+
+def test_the_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = catalog.sources_hash()
+    assert re.fullmatch(r"[0-9a-f]{64}", first)
+    original = catalog._sources
+
+    def edited(folder: Any, path: str) -> Iterator[tuple[str, bytes]]:
+        for name, text in original(folder, path):
+            yield name, text + b" " if name.endswith("combine.py.jinja") else text
+
+    names = [name for name, _ in original(catalog.importlib.resources.files("clsa_compile.kernels"), "")]
+    assert "/templates/combine.py.jinja" in names
+    assert "/index_topk/select.py" in names
+    monkeypatch.setattr(catalog, "_sources", edited)
+    catalog.sources_hash.cache_clear()
+    assert catalog.sources_hash() != first
+    monkeypatch.undo()
+    catalog.sources_hash.cache_clear()
+    assert catalog.sources_hash() == first
+
+
+def tensors(op: str, s: int, t: int, dynamic: bool) -> list[torch.Tensor]:
+    """Returns fake CPU tensors for `op`; with `dynamic`, the keys T and the batch B are symbols."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        real = torch.empty(sizes, dtype=dtype)
+        kinds = [
+            DimDynamic.DYNAMIC if dynamic and size in (t, B) else DimDynamic.STATIC for size in sizes
+        ]
+        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        return mode.from_tensor(real, symbolic_context=context)
+
+    common = [
+        fake(B, H, s, D),
+        fake(B, HKV, t, D),
+        fake(B, HKV, t, D),
+        fake(B, 1, s, t, dtype=torch.bool),
+        fake(B, s, 2, dtype=torch.int32),
+        fake(s, dtype=torch.int64),
+    ]
+    if op == "sparse_attention":
+        common.append(fake(B, 1, s, TOPK, dtype=torch.int32))
+    if op == "index_topk":
+        common.append(fake(B, H, s))
+    return common
+
+
+def call(variant: Variant, s: int) -> Callable[..., Any]:
+    """Returns a function of `tensors` that runs the variant as it is traced."""
+    scale, predicate = D**-0.5, "kv <= in0(q)"
+
+    def attention(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any) -> Any:
+        return variant.launch(
+            q, k, v, mask, bounds, [position], None, scale, 0.0, predicate,
+            wrap=torch.library.wrap_triton,
+        )  # fmt: skip
+
+    def sparse(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, indices: Any) -> Any:
+        return variant.launch(
+            q, k, v, indices, mask, bounds, [position], None, scale, 0.0, predicate,
+            wrap=torch.library.wrap_triton,
+        )  # fmt: skip
+
+    def index(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, weight: Any) -> Any:
+        return variant.launch(
+            q, k, weight, None, mask, bounds, [position], TOPK, scale, LIGHTNING.text, predicate, False,
+            wrap=torch.library.wrap_triton,
+        )  # fmt: skip
+
+    return {"attention": attention, "sparse_attention": sparse, "index_topk": index}[variant.op]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
+def test_every_launch_can_be_traced(variant: Variant, dynamic: bool) -> None:
+    s = 2 if variant.name == "decode" else 40
+    inputs = tensors(variant.op, s, 5000, dynamic)
+    with inputs[0].fake_mode:
+        graph = make_fx(call(variant, s), tracing_mode="real")(*inputs).graph
+    kernels = [n for n in graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    assert bool(kernels) == (variant.name != "sdpa")
+    # The caches go to the kernels as they are.
+    keys, values = [n for n in graph.nodes if n.op == "placeholder"][1:3]
+    if variant.name != "sdpa":
+        readers = {*keys.users, *values.users} if variant.op != "index_topk" else {*keys.users}
+        sizes = {n for n in readers if "sym_" in str(n.target)}
+        assert readers - sizes <= set(kernels), readers
+    if dynamic:
+        shape_env = inputs[0].fake_mode.shape_env
+        frees = [d for d in inputs[1].shape if isinstance(d, torch.SymInt)]
+        assert frees, "T was specialised"
+        # Torch's own attention asks whether sizes agree; nothing of ours may ask anything.
+        if variant.name != "sdpa":
+            assert not shape_env.guards, [str(g.expr) for g in shape_env.guards]

@@ -1,0 +1,218 @@
+"""kernels/index_topk/{decode,rows}.py against `index_topk_reference`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import (
+    index_scores_reference,
+    index_topk_reference,
+    mask_bounds_reference,
+)
+from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, MASS, MAX_HEAD, SCORES, parse_score
+from clsa_compile.kernels.index_topk import rows as rows_module
+
+Run = Callable[..., Any]
+VARIANTS = ["decode", "rows"]
+
+
+def arguments(
+    device: str,
+    sizes: tuple[int, int, int, int, int, int],
+    topk: int,
+    score: str,
+    dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
+    inputs: tuple[Tensor, ...] = (),
+    predicate: str = "",
+    bounds: bool = False,
+    per_kv_head: bool = False,
+    whole: bool = False,
+) -> tuple[Any, ...]:
+    """Returns contract arguments; `whole` numbers make every sum exact, and ties frequent."""
+    b, h, hkv, s, t, d = sizes
+
+    def draw(*shape: int) -> Tensor:
+        if whole:
+            return torch.randint(-2, 3, shape, device=device).to(dtype)
+        return torch.randn(shape, device=device).to(dtype)
+
+    q, k = draw(b, h, s, d), draw(b, hkv, t, d)
+    parsed = parse_score(score)
+    weight = draw(b, h, s) if parsed.uses_weight else None
+    lse = torch.randn(b, h, s, device=device) + 3 if parsed.uses_lse else None
+    around = mask_bounds_reference(q, mask, inputs, 1, t, predicate) if bounds else None
+    scale = 0.5 if whole else d**-0.5
+    return (q, k, weight, lse, mask, around, list(inputs), topk, scale, score, predicate, per_kv_head)
+
+
+def scores_of(args: tuple[Any, ...]) -> Tensor:
+    """Returns the float64 scores of contract arguments."""
+    q, k, weight, lse, mask, _, inputs, _, scale, score, predicate, per_kv_head = args
+    wide = [x if x is None else x.double() for x in (q, k, weight, lse)]
+    return index_scores_reference(
+        *wide, mask, inputs, scale, parse_score(score), predicate, per_kv_head
+    )
+
+
+def check_selection(indices: Tensor, args: tuple[Any, ...], tolerance: float = 1e-4) -> None:
+    """Asserts that a selection is well formed and that its float64 scores are the best there are."""
+    scores = scores_of(args)
+    topk, keys = args[7], scores.shape[-1]
+    assert indices.dtype == torch.int32
+    assert indices.shape == (*scores.shape[:-1], topk)
+    chosen = indices >= 0
+    # Ascending, without repetition, and -1 only at the end.
+    following = torch.where(chosen, indices, keys + torch.arange(topk, device=indices.device))
+    assert (following.diff(dim=-1) > 0).all()
+    assert (indices < keys).all()
+    expected = (scores > -math.inf).sum(-1).clamp(max=topk)
+    assert torch.equal(chosen.sum(-1), expected)
+    best = scores.sort(-1, descending=True).values
+    best = torch.nn.functional.pad(best, (0, max(0, topk - keys)), value=-math.inf)[..., :topk]
+    got = scores.gather(-1, indices.clamp(min=0).long())
+    got = torch.where(chosen, got, -math.inf).sort(-1, descending=True).values
+    finite = best > -math.inf
+    size = best[finite].abs().max() if finite.any() else 1.0
+    assert torch.equal(got > -math.inf, finite)
+    assert (got[finite] - best[finite]).abs().le(tolerance * size).all()
+
+
+SIZES = [
+    ((1, 8, 1, 1, 300, 32), 40),
+    ((2, 1, 1, 2, 100, 32), 100),
+    ((1, 6, 2, 3, 130, 80), 20),
+    ((1, 3, 3, 1, 65, 24), 80),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("score", [s.text for s in SCORES])
+@pytest.mark.parametrize(("sizes", "topk"), SIZES)
+def test_scores_and_sizes(
+    device: str, run: Run, variant: str, score: str, sizes: Any, topk: int
+) -> None:
+    args = arguments(device, sizes, topk, score)
+    check_selection(run("index_topk", variant, *args), args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("score", [LIGHTNING.text, "mean: dot", "max: weight*dot"])
+@pytest.mark.parametrize("per_kv_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ties_are_broken_as_the_reference_does(
+    device: str, run: Run, variant: str, score: str, per_kv_head: bool, dtype: torch.dtype
+) -> None:
+    sizes = (2, 4, 2, 3, 200, 32)
+    args = arguments(device, sizes, 50, score, dtype, per_kv_head=per_kv_head, whole=True)
+    assert torch.equal(run("index_topk", variant, *args), index_topk_reference(*args))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 90), (2, 1, 3, 90), (3, 90)])
+@pytest.mark.parametrize("kind", ["bool", "additive", "lowest"])
+def test_mask_tensors(device: str, run: Run, variant: str, shape: Any, kind: str) -> None:
+    mask = torch.rand(shape, device=device) < 0.4
+    if len(shape) == 4 and shape[2] == 3:
+        mask[0, 0, 1] = False
+    if kind != "bool":
+        lowest = -math.inf if kind == "additive" else torch.finfo(torch.float32).min
+        mask = torch.where(mask, torch.randint(-3, 3, shape, device=device).float(), lowest)
+    args = arguments(device, (2, 4, 2, 3, 90, 32), 60, DOT_PRODUCT.text, mask=mask, whole=True)
+    assert torch.equal(run("index_topk", variant, *args), index_topk_reference(*args))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bounds", [False, True])
+def test_predicates_and_bounds(device: str, run: Run, variant: str, bounds: bool) -> None:
+    position = torch.tensor([2100, 0, 4000], device=device)
+    padding = torch.rand(2, 4200, device=device) < 0.8
+    padding[1, :2100] = False
+    args = arguments(
+        device,
+        (2, 1, 1, 3, 4200, 16),
+        70,
+        DOT_PRODUCT.text,
+        inputs=(position, padding),
+        predicate="(kv <= in0(q)) & Ne(in1(b, kv), 0)",
+        bounds=bounds,
+        whole=True,
+    )
+    assert torch.equal(run("index_topk", variant, *args), index_topk_reference(*args))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("score", [DOT_PRODUCT.text, MAX_HEAD.text])
+def test_nan_ranks_first(device: str, run: Run, variant: str, score: str) -> None:
+    args = arguments(device, (1, 4, 2, 2, 90, 32), 10, score, whole=True)
+    args[1][0, 0, 77] = math.nan
+    expected = index_topk_reference(*args)
+    assert (expected == 77).any(-1).all()
+    assert torch.equal(run("index_topk", variant, *args), expected)
+
+
+def test_rows_are_scored_a_chunk_at_a_time(
+    device: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "SCORE_BYTES", 2 * 64 * 2048 * 4)
+    args = arguments(
+        device, (2, 2, 1, 150, 160, 16), 20, LIGHTNING.text, predicate="kv <= q", bounds=True, whole=True
+    )
+    assert torch.equal(run("index_topk", "rows", *args), index_topk_reference(*args))
+
+
+def test_keys_of_any_strides_are_read_in_place(device: str, run: Run) -> None:
+    args = list(arguments(device, (2, 4, 2, 1, 60, 32), 20, DOT_PRODUCT.text, whole=True))
+    wide = torch.randint(-2, 3, (2, 60, 2, 64), device=device).float()
+    args[1] = wide[..., 32:].transpose(1, 2)
+    for variant in VARIANTS:
+        assert torch.equal(run("index_topk", variant, *args), index_topk_reference(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("score", [LIGHTNING.text, MASS.text])
+@pytest.mark.parametrize(
+    ("sizes", "topk"),
+    [
+        ((1, 64, 1, 1, 131072, 128), 2048),
+        ((4, 32, 1, 2, 30001, 128), 2048),
+        ((1, 24, 8, 1, 20000, 128), 1000),
+        ((2, 1, 1, 4, 9000, 64), 512),
+        ((1, 32, 1, 300, 3000, 128), 256),
+    ],
+)
+def test_on_the_chip(
+    run: Run, sizes: Any, topk: int, score: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    args = arguments("cuda", sizes, topk, score, dtype)
+    variant = "decode" if sizes[3] <= 8 else "rows"
+    check_selection(run("index_topk", variant, *args), args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ties_on_the_chip(run: Run, variant: str) -> None:
+    torch.manual_seed(0)
+    mask = torch.rand(2, 1, 4, 70000, device="cuda") < 0.7
+    for per_kv_head in (False, True):
+        args = arguments(
+            "cuda",
+            (2, 8, 2, 4, 70000, 64),
+            2048,
+            LIGHTNING.text,
+            torch.bfloat16,
+            mask,
+            predicate="kv <= 65000 + q",
+            bounds=True,
+            per_kv_head=per_kv_head,
+            whole=True,
+        )
+        expected = index_topk_reference(*args)
+        for _ in range(20):
+            assert torch.equal(run("index_topk", variant, *args), expected)

@@ -1,0 +1,29 @@
+"""Runs the numeric tests of this folder on the CPU, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import triton
+
+FOLDER = Path(__file__).parent
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+@pytest.mark.slow
+def test_kernels_agree_with_the_references_in_the_interpreter(tmp_path: Path) -> None:
+    if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4):
+        pytest.skip("triton 3.6 cannot interpret loops with numpy 2.4")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
