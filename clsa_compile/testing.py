@@ -43,7 +43,7 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "olmo2": {},
     "granite": {},
-    "smollm3": {},
+    "smollm3": {"pad_token_id": 0},
     "glm4": {"pad_token_id": 0},
     "mistral": {"sliding_window": 16},
     "gemma2": {**_WINDOW, "attn_logit_softcapping": 5.0},

@@ -10,6 +10,7 @@ from importlib.resources.abc import Traversable
 
 from clsa_compile.ir.variants import Variant
 from clsa_compile.kernels.dense_attention import decode as attention_decode
+from clsa_compile.kernels.dense_attention import rows as attention_rows
 from clsa_compile.kernels.dense_attention import sdpa
 from clsa_compile.kernels.index_topk import decode as index_decode
 from clsa_compile.kernels.index_topk import rows as index_rows
@@ -18,6 +19,7 @@ from clsa_compile.kernels.sparse_attention import gather
 VARIANTS: tuple[Variant, ...] = (
     attention_decode.DECODE,
     sdpa.SDPA,
+    attention_rows.ROWS,
     index_decode.DECODE,
     index_rows.ROWS,
     gather.GATHER,

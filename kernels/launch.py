@@ -6,13 +6,13 @@ where a choice depends on a size, `static` says whether it is known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.render import kernel
 
 Wrap: TypeAlias = Callable[[Any], Any]
@@ -23,6 +23,16 @@ CHIP = 132
 # Shared memory that the loads in flight of one program may take, in bytes. With what else a program
 # needs this fits sm_80 (163 KiB), sm_90 and sm_100 (227 KiB).
 LOADS_IN_FLIGHT = 131072
+# Sums (query rows by head width) that the registers of one program hold.
+MOST_SUMS = 20480
+MOST_ROWS = 128
+MOST_WIDTH = 576
+
+
+def unsupported_dtype(dtype: torch.dtype) -> str:
+    """Returns why a dtype cannot be computed with, or nothing."""
+    known = (torch.float16, torch.bfloat16, torch.float32)
+    return "" if dtype in known else f"{dtype} is not one of float16, bfloat16, float32"
 
 
 def static(size: Any) -> bool:
@@ -65,10 +75,41 @@ def padded_width(width: int) -> int:
     return sum(block for _, block, _ in parts(width))
 
 
-def keys_per_step(row_bytes: int, stages: int, largest: int) -> int:
-    """Returns BLOCK_N so that `stages` - 1 steps of `row_bytes` a key fit into shared memory."""
-    fitting = LOADS_IN_FLIGHT // max(row_bytes * max(stages - 1, 1), 1)
+def keys_per_step(row_bytes: int, stages: int, largest: int, query_bytes: int = 0) -> int:
+    """Returns BLOCK_N so that `stages` - 1 steps of `row_bytes` a key fit into shared memory.
+
+    `query_bytes` is what the queries take beside them.
+    """
+    fitting = (LOADS_IN_FLIGHT - query_bytes) // max(row_bytes * max(stages - 1, 1), 1)
     return max(16, min(largest, floor_power_of_two(fitting)))
+
+
+def query_rows(rows: int) -> int:
+    """Returns BLOCK_M of a tile of `rows` query rows: what tensor cores take, and a power of two."""
+    return max(16, power_of_two(rows))
+
+
+def unsupported_tile(facts: Facts, rows: int) -> str:
+    """Returns why `rows` query rows of these heads cannot be one tile in registers, or nothing."""
+    if reason := unsupported_dtype(facts.dtype):
+        return reason
+    width = max(padded_width(facts.D), padded_width(facts.Dv))
+    if rows <= MOST_ROWS and width <= MOST_WIDTH and query_rows(rows) * width <= MOST_SUMS:
+        return ""
+    return f"{rows} query rows a kv head with heads of {max(facts.D, facts.Dv)} do not fit into registers"
+
+
+def tile_plan(q: Tensor, k: Tensor, v: Tensor, rows: int, largest: int, stages: int) -> tuple[int, int, int]:
+    """Returns (BLOCK_N, num_warps, num_stages) for `rows` query rows a tile, near what is asked for."""
+    block_m = query_rows(rows)
+    d, dv = padded_width(k.shape[3]), padded_width(v.shape[3])
+    if q.dtype == torch.float32:
+        # IEEE dots of fp32 keep their operands in registers.
+        return (32 if block_m == 16 else 16), 8, 2
+    # From 64 rows on, Hopper's dots read the queries from shared memory.
+    query_bytes = block_m * d * q.element_size() if block_m >= 64 else 0
+    block_n = keys_per_step((d + dv) * k.element_size(), stages, largest, query_bytes)
+    return block_n, (8 if block_m * max(d, dv) > 4096 else 4), stages
 
 
 def mask_context(
@@ -115,9 +156,7 @@ def _four(sizes: Sequence[Any], fill: int) -> tuple[Any, ...]:
 
 def strides(prefix: str, names: str, x: Tensor) -> dict[str, Any]:
     """Returns {"k_sb": ..., "k_sh": ...} for prefix "k" and names "bh..", one letter a dimension."""
-    return {
-        f"{prefix}_s{name}": stride for name, stride in zip(names, x.stride(), strict=True)
-    }
+    return {f"{prefix}_s{name}": stride for name, stride in zip(names, x.stride(), strict=True)}
 
 
 def bounds_arguments(bounds: Tensor | None) -> dict[str, Any]:
@@ -167,10 +206,3 @@ def combine(
         num_warps=4,
         num_stages=1,
     )
-
-
-def finite(name: str, value: float) -> float:
-    """Returns `value`. Raises ValueError when it cannot be a constant of a kernel."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; a kernel needs a finite number")
-    return value

@@ -117,9 +117,7 @@ def compile_for(launch: Launch, capability: int) -> Any:
             signature[name] = "i64" if value > 2**31 - 1 else "i32"
             if value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: launch.arguments[name] for name in ("num_warps", "num_stages")}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -191,14 +189,18 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     bf16, fp16, fp32, i32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
     t = 131072
     bounds = meta(1, 1, 2, dtype=i32)
-    masked = {"mask": meta(1, 1, 1, t, dtype=torch.bool), "bounds": bounds}
-    causal = {"predicate": "kv <= in0(q)", "inputs": [meta(1, dtype=torch.int64)], "bounds": bounds}
+    masked: dict[str, Any] = {"mask": meta(1, 1, 1, t, dtype=torch.bool), "bounds": bounds}
+    causal: dict[str, Any] = {
+        "predicate": "kv <= in0(q)",
+        "inputs": [meta(1, dtype=torch.int64)],
+        "bounds": bounds,
+    }
     llama = (24, 8)
     yield "attention", "Llama B=1, mask", _attention(1, *llama, 1, t, 128, 128, bf16, **masked)
     yield "attention", "Llama B=1, predicate", _attention(1, *llama, 1, t, 128, 128, bf16, **causal)
     yield "attention", "Llama B=4", _attention(4, *llama, 1, t, 128, 128, bf16)
     yield "attention", "Llama B=64, direct", _attention(64, *llama, 1, t, 128, 128, bf16)
-    every = {
+    every: dict[str, Any] = {
         "mask": meta(1, 1, 4, 4096, dtype=fp16),
         "bounds": meta(1, 4, 2, dtype=i32),
         "sinks": meta(32, dtype=fp16),
@@ -209,9 +211,27 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "attention", "MLA absorbed", _attention(1, 16, 1, 1, t, 576, 512, bf16)
     for d in (64, 80, 96, 256):
         yield "attention", f"D={d}", _attention(1, 8, 4, 1, t, d, d, bf16)
+    anchor: dict[str, Any] = {"bounds": meta(1, 4096, 2, dtype=i32), "predicate": "kv <= q"}
+    yield "attention", "Llama rows", _attention(1, *llama, 4096, 4096, 128, 128, bf16, **anchor)
+    capped: dict[str, Any] = {
+        "softcap": 50.0,
+        "sinks": meta(8, dtype=bf16),
+        "mask": meta(1, 1, 512, 512, dtype=bf16),
+    }
+    yield "attention", "D=256, rows", _attention(1, 8, 4, 512, 512, 256, 256, bf16, **capped)
+    yield "attention", "D=80, rows", _attention(1, 8, 4, 512, 512, 80, 80, bf16)
+    yield "attention", "MLA rows", _attention(1, 16, 16, 512, 512, 192, 128, bf16)
+    yield "attention", "fp32, rows", _attention(1, 9, 3, 512, 512, 128, 128, fp32)
     yield "attention", "fp32 D=64", _attention(1, 9, 3, 1, 2048, 64, 64, fp32)
     yield "attention", "fp32 D=128", _attention(1, *llama, 1, t, 128, 128, fp32)
 
+    yield "attention", "64 heads, one kv head", _attention(1, 64, 1, 1, t, 128, 128, bf16)
+    yield "attention", "S=8, G=16", _attention(1, 32, 2, 8, t, 128, 128, bf16)
+    yield "attention", "64 heads of 256", _attention(4, 64, 1, 1, t, 256, 256, bf16)
+
+    yield "sparse_attention", "128 heads, one kv head", _sparse(2048, 1, 128, 1, 1, t, 128, 128, bf16)
+    yield "sparse_attention", "64 heads of 256", _sparse(2048, 1, 64, 1, 1, t, 256, 256, bf16)
+    yield "sparse_attention", "MLA absorbed, 32 heads", _sparse(2048, 1, 32, 1, 1, t, 576, 512, bf16)
     yield "sparse_attention", "Llama B=1", _sparse(2048, 1, *llama, 1, t, 128, 128, bf16)
     yield "sparse_attention", "Llama B=4", _sparse(2048, 4, *llama, 1, t, 128, 128, bf16)
     yield "sparse_attention", "Llama rows", _sparse(2048, 1, *llama, 4096, t, 128, 128, bf16, **causal)

@@ -68,6 +68,8 @@ def divide(e: Any, by: Any, sizes: dict[Any, Any]) -> Any:
     """Returns floordiv(e, by), simplified where the sizes of the dimensions allow it."""
     if by == 1:
         return e
+    if not sympy.sympify(by).is_positive:
+        return floordiv(e, by)
     quotient, rest = _split(e, by)
     if rest == 0:
         return quotient
@@ -80,6 +82,8 @@ def remainder(e: Any, by: Any, sizes: dict[Any, Any]) -> Any:
     """Returns mod(e, by), simplified where the sizes of the dimensions allow it."""
     if by == 1:
         return sympy.S.Zero
+    if not sympy.sympify(by).is_positive:
+        return mod(e, by)
     _, rest = _split(e, by)
     if rest == 0 or _below(rest, by, sizes):
         return rest
@@ -99,16 +103,19 @@ def _split(e: Any, by: Any) -> tuple[Any, Any]:
 
 
 def _below(e: Any, limit: Any, sizes: dict[Any, Any]) -> bool:
-    """Tells whether 0 <= e < limit for sure."""
-    top = e
-    for symbol in e.free_symbols:
-        if symbol not in sizes:
+    """Tells whether 0 <= e < limit for sure; e must be a sum of dimensions with constant factors."""
+    top = bottom = sympy.S.Zero
+    for term in sympy.Add.make_args(sympy.expand(e)):
+        factor, rest = term.as_coeff_Mul()
+        if rest == 1:
+            top, bottom = top + factor, bottom + factor
+            continue
+        if rest not in sizes:
             return False
-        top = top.subs(symbol, sizes[symbol] - 1)
-    if e.has(floordiv) or e.has(mod):
-        return False
-    bound = sympy.expand(limit - 1 - top)
-    return bool(bound.is_nonnegative)
+        reach = factor * (sizes[rest] - 1)
+        top, bottom = (top + reach, bottom) if factor > 0 else (top, bottom + reach)
+    inside = sympy.expand(limit - 1 - top).is_nonnegative
+    return bool(inside and sympy.expand(bottom).is_nonnegative)
 
 
 def reshape_index(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -233,7 +240,7 @@ def step(node: Node, *, casts: bool = False) -> View | None:
         if before.device != after.device:
             return None
         if before.dtype == after.dtype:
-            return View(source, own)
+            return View(source, own, () if _shares(source, node) else (node,))
         widens = (
             casts
             and before.dtype.is_floating_point
@@ -258,6 +265,12 @@ def step(node: Node, *, casts: bool = False) -> View | None:
         )
     rule = _RULES.get(target)
     return rule(node, source, own) if rule is not None else None
+
+
+def _shares(one: Node, other: Node) -> bool:
+    """Tells whether two nodes hold the same memory."""
+    a, b = (n.meta["val"].untyped_storage()._cdata for n in (one, other))
+    return bool(a == b)
 
 
 def _transpose(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
@@ -287,10 +300,43 @@ def _slice(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
     size = shape(source)[d]
     if not isinstance(stride, int) or not isinstance(start, int):
         return None
+    first: Any = sympy.Integer(start)
     if start < 0:
-        start = size + start
+        first = size + start
+        if not first.is_nonnegative:
+            if not size.is_Integer:
+                return None  # may be cut off at the front
+            first = sympy.S.Zero
     index = list(own)
-    index[d] = own[d] * stride + start
+    index[d] = own[d] * stride + first
+    return View(source, tuple(index))
+
+
+def _narrow(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
+    d, start = int(node.args[1]) % len(own), node.args[2]  # type: ignore[arg-type]
+    if not isinstance(start, int) or start < 0:
+        return None
+    index = list(own)
+    index[d] = own[d] + start
+    return View(source, tuple(index))
+
+
+def _swap_last(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
+    return View(source, (*own[:-2], own[-1], own[-2])) if len(own) >= 2 else None
+
+
+def _movedim(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
+    rank = len(own)
+    sources, targets = (
+        [int(x) % rank for x in (a if isinstance(a, list | tuple) else [a])]  # type: ignore[arg-type]
+        for a in node.args[1:3]
+    )
+    order = [d for d in range(rank) if d not in sources]
+    for target, moved in sorted(zip(targets, sources, strict=True)):
+        order.insert(target, moved)
+    index: list[Any] = [None] * rank
+    for position, d in enumerate(order):
+        index[d] = own[position]
     return View(source, tuple(index))
 
 
@@ -354,6 +400,10 @@ _RULES: dict[Any, Callable[[Node, Node, tuple[Any, ...]], View | None]] = {
     aten.t.default: _t,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
+    aten.narrow.default: _narrow,
+    aten.mT.default: _swap_last,
+    aten.movedim.int: _movedim,
+    aten.movedim.intlist: _movedim,
     aten.select.int: _select,
     aten.repeat_interleave.self_int: _repeat_interleave,
 }

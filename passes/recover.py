@@ -133,10 +133,16 @@ class Reader:
         """Returns the element of a node at (d0, ..., dn)."""
         if node not in self._known:
             try:
-                self._known[node] = self._read(node)
+                self._known[node] = self._leaf(node) if self._is_written(node) else self._read(node)
             except Unreadable:
                 self._known[node] = self._leaf(node)
         return self._known[node]
+
+    def _is_written(self, node: Node) -> bool:
+        """Tells whether a value is written in place, so that what made it does not say what it holds."""
+        return any(write is not node for write in self.order.writes(node)) or (
+            bool(self.order.writes(node)) and node.target is not aten.scatter_.value
+        )
 
     def _leaf(self, node: Node) -> Element:
         if not is_tensor(node) or self.order.written_after(node):

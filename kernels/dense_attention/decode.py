@@ -16,51 +16,42 @@ from clsa_compile.kernels.launch import (
     bounds_arguments,
     combine,
     floor_power_of_two,
-    keys_per_step,
     mask_arguments,
     mask_context,
     output,
-    padded_width,
     parts,
     power_of_two,
+    query_rows,
     split_scratch,
     static,
     strides,
+    tile_plan,
+    unsupported_tile,
 )
 from clsa_compile.kernels.render import kernel
-
-# Rows of one program's tile: queries of a kv head times rows of the step.
-MAX_ROWS = 128
 
 
 def supports(facts: Facts) -> Support:
     """Takes any S <= DECODE_ROWS whose G * S rows fit one tile."""
     if facts.S is None or facts.S > DECODE_ROWS:
         return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
-    if facts.H // facts.Hkv * facts.S > MAX_ROWS:
-        return Support(False, f"more than {MAX_ROWS} query rows a kv head")
-    if max(facts.D, facts.Dv) > 576:
-        return Support(False, f"heads of {max(facts.D, facts.Dv)} do not fit into registers")
-    return SUPPORTED
+    reason = unsupported_tile(facts, facts.H // facts.Hkv * facts.S)
+    return Support(False, reason) if reason else SUPPORTED
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, hkv, t = q.shape[0], k.shape[1], k.shape[2]
     heads = b * hkv if static(b) else hkv
-    width = padded_width(k.shape[3]) + padded_width(v.shape[3])
     # Measured on an H100: 64 keys, 2 stages and every program resident at once when there are few
     # heads; wider steps, more stages and about four waves when there are many.
     few = heads <= 8
-    stages = 2 if few else 3
-    block_n = keys_per_step(width * k.element_size(), stages, 64 if few else 128)
-    if q.dtype == torch.float32:
-        # IEEE dots of fp32 keep their operands in registers.
-        block_n, stages = min(block_n, 32), 2
+    rows = q.shape[1] // hkv * q.shape[2]
+    largest, stages = (64, 2) if few or rows > 32 else (128, 3)
+    block_n, warps, stages = tile_plan(q, k, v, rows, largest, stages)
     splits = floor_power_of_two((2 if few else 4) * CHIP // heads)
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
-    warps = 8 if v.shape[3] > 256 or q.dtype == torch.float32 else 4
     return max(1, min(splits, 128)), block_n, warps, stages
 
 
@@ -122,7 +113,7 @@ def launch(
         D=d,
         DV=dv,
         NSPLIT=splits,
-        BLOCK_M=max(16, power_of_two(h // hkv * s)),
+        BLOCK_M=query_rows(h // hkv * s),
         BLOCK_N=block_n,
         BLOCK_S=power_of_two(s),
         num_warps=warps,

@@ -11,8 +11,8 @@ from torch import Tensor
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
-from clsa_compile.kernels.index_topk.scan import score_arguments, supports_width
-from clsa_compile.kernels.index_topk.select import padded, select
+from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
+from clsa_compile.kernels.index_topk.select import padded, segments, select
 from clsa_compile.kernels.launch import (
     Wrap,
     bounds_arguments,
@@ -22,16 +22,20 @@ from clsa_compile.kernels.launch import (
     padded_width,
     parts,
     power_of_two,
+    static,
     strides,
 )
 from clsa_compile.kernels.render import kernel
+
+# Where the batch is not known while tracing.
+ASSUMED_BATCH = 4
 
 
 def supports(facts: Facts) -> Support:
     """Takes any S <= DECODE_ROWS."""
     if facts.S is None or facts.S > DECODE_ROWS:
         return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
-    return supports_width(facts)
+    return supports_index(facts)
 
 
 def plan(d: int, group: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -124,7 +128,8 @@ def launch(
     )
     b, heads, s, _ = scores.shape
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
-    select(scores, bounds, out, 0, k.shape[2], wrap)
+    lines = (b if static(b) else ASSUMED_BATCH) * heads * s
+    select(scores, bounds, out, 0, k.shape[2], segments(lines, k.shape[2]), wrap)
     return out
 
 

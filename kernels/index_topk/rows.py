@@ -10,9 +10,10 @@ from torch import Tensor
 
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
-from clsa_compile.kernels.index_topk.scan import score_arguments, supports_width
-from clsa_compile.kernels.index_topk.select import padded, select
+from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
+from clsa_compile.kernels.index_topk.select import padded, segments, select
 from clsa_compile.kernels.launch import (
+    CHIP,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -33,7 +34,7 @@ ASSUMED_KEYS = 131072
 
 def supports(facts: Facts) -> Support:
     """Takes any number of query rows."""
-    return supports_width(facts)
+    return supports_index(facts)
 
 
 def plan(d: int, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -55,7 +56,7 @@ def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
     fitting = max(SCORE_BYTES // line, 1)
     if fitting >= s:
         return s
-    return max(fitting // 64 * 64, 1)
+    return fitting // 64 * 64 if fitting >= 64 else fitting
 
 
 def launch(
@@ -115,7 +116,9 @@ def launch(
             num_warps=warps,
             num_stages=2,
         )
-        select(scores, bounds, out, first, t, wrap)
+        # A prompt of unknown length has rows enough to fill the chip with one program each.
+        lines = b * heads * rows if static(b) and static(rows) else CHIP
+        select(scores, bounds, out, first, t, segments(lines, t), wrap)
     return out
 
 

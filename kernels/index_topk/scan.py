@@ -8,11 +8,13 @@ from torch import Tensor
 
 from clsa_compile.ir.scores import Score
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support
-from clsa_compile.kernels.launch import strides
+from clsa_compile.kernels.launch import strides, unsupported_dtype
 
 
-def supports_width(facts: Facts) -> Support:
-    """Refuses index heads that are too wide for one tile."""
+def supports_index(facts: Facts) -> Support:
+    """Refuses dtypes, and index heads that are too wide for one tile."""
+    if reason := unsupported_dtype(facts.dtype):
+        return Support(False, reason)
     if facts.D > 576:
         return Support(False, f"index heads of {facts.D} do not fit into shared memory")
     return SUPPORTED

@@ -28,25 +28,24 @@ def padded(t: Any) -> Any:
     return ceil_div(t, CHUNK) * CHUNK
 
 
-def segments(rows: Any, t: Any) -> int:
-    """Returns NT, the number of programs a row, a power of two."""
-    wanted = floor_power_of_two(2 * CHIP // rows) if static(rows) else 16
+def segments(rows: int, t: Any) -> int:
+    """Returns NT, the number of programs that share one of `rows` rows, a power of two."""
+    wanted = floor_power_of_two(2 * CHIP // rows)
     longest = power_of_two(-(-t // CHUNK)) if static(t) else MAX_SEGMENTS
     return max(1, min(wanted, longest, MAX_SEGMENTS))
 
 
 def select(
-    scores: Tensor, bounds: Tensor | None, out: Tensor, first: Any, t: Any, wrap: Wrap
+    scores: Tensor, bounds: Tensor | None, out: Tensor, first: Any, t: Any, nt: int, wrap: Wrap
 ) -> None:
     """Writes the selected positions of scores [B, HOUT, ROWS, TPAD] into rows of out [B, HOUT, S, K].
 
     `scores` are those of query rows `first` to `first` + ROWS. Only keys inside `bounds` and below `t` count;
-    the rest of `scores` may be uninitialised.
+    the rest of `scores` may be uninitialised. `nt` comes from `segments`; the result does not depend on it.
     """
     b, heads, rows, tpad = scores.shape
     s, topk = out.shape[2], out.shape[3]
     lines = b * heads * rows
-    nt = segments(lines, t)
     shared = {
         "scores_ptr": scores,
         **bounds_arguments(bounds),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
@@ -14,50 +13,38 @@ from clsa_compile.kernels.launch import (
     Wrap,
     combine,
     floor_power_of_two,
-    keys_per_step,
     mask_arguments,
     mask_context,
     output,
-    padded_width,
     parts,
-    power_of_two,
+    query_rows,
     split_scratch,
     static,
     strides,
+    tile_plan,
+    unsupported_tile,
 )
 from clsa_compile.kernels.render import kernel
-
-MAX_GROUP = 128
 
 
 def supports(facts: Facts) -> Support:
     """Takes any number of query rows; each is a program of its own."""
-    if facts.H // facts.Hkv > MAX_GROUP:
-        return Support(False, f"more than {MAX_GROUP} query heads a kv head")
-    if max(facts.D, facts.Dv) > 576:
-        return Support(False, f"heads of {max(facts.D, facts.Dv)} do not fit into registers")
-    return SUPPORTED
+    reason = unsupported_tile(facts, facts.H // facts.Hkv)
+    return Support(False, reason) if reason else SUPPORTED
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int]:
     """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
-    if static(s):
-        programs = (b if static(b) else 1) * s * hkv
-    else:
-        # An unknown number of query rows is a prompt: rows enough to fill the chip.
-        programs = 4 * CHIP
+    # An unknown number of query rows is a prompt: rows enough to fill the chip.
+    programs = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
     # Measured on an H100 with k = 2048: 16 splits of 128 tokens for 8 programs, 64 tokens a step from
     # 32 programs on. With an index loaded one step ahead, 3 stages keep two steps in flight.
-    stages = 3
-    width = padded_width(k.shape[3]) + padded_width(v.shape[3])
-    largest = 128 if programs <= 16 else 64
-    block_n = keys_per_step(width * k.element_size(), stages, largest)
-    if q.dtype == torch.float32:
-        block_n, stages = min(block_n, 32), 2
+    group = q.shape[1] // hkv
+    largest = 128 if programs <= 16 and group <= 32 else 64
+    block_n, warps, stages = tile_plan(q, k, v, group, largest, 3)
     splits = floor_power_of_two(4 * CHIP // programs)
     longest = topk // 128 if static(topk) else 16
-    warps = 8 if v.shape[3] > 256 or q.dtype == torch.float32 else 4
     return max(1, min(splits, 16, floor_power_of_two(longest))), block_n, warps, stages
 
 
@@ -126,7 +113,7 @@ def launch(
         D=d,
         DV=dv,
         NSPLIT=splits,
-        BLOCK_M=max(16, power_of_two(h // hkv)),
+        BLOCK_M=query_rows(h // hkv),
         BLOCK_N=block_n,
         num_warps=warps,
         num_stages=stages,

@@ -118,9 +118,7 @@ class Judge:
     def near(self, got: Tensor, exact: Tensor, rough: Tensor, dtype: torch.dtype) -> None:
         if exact.numel() == 0:
             return
-        budget = 3 * (rough.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * (
-            exact.abs().max()
-        )
+        budget = 3 * (rough.double() - exact).abs().max() + 4 * torch.finfo(dtype).eps * (exact.abs().max())
         error = (got.double() - exact).abs().max()
         assert error <= budget, f"error {error:.3g}, budget {budget:.3g}"
 

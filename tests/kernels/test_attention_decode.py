@@ -214,7 +214,7 @@ def facts(**changes: Any) -> Facts:
 
 def test_what_is_refused_has_a_reason() -> None:
     assert supports(facts()).ok
-    for changes in ({"S": 9}, {"S": None}, {"H": 256, "Hkv": 1}, {"D": 1024}):
+    for changes in ({"S": 9}, {"S": None}, {"H": 256, "Hkv": 1}, {"D": 1024}, {"dtype": torch.float64}):
         support = supports(facts(**changes))
         assert not support.ok
         assert support.reason

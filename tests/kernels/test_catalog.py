@@ -67,9 +67,7 @@ def tensors(op: str, s: int, t: int, dynamic: bool) -> list[torch.Tensor]:
 
     def fake(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         real = torch.empty(sizes, dtype=dtype)
-        kinds = [
-            DimDynamic.DYNAMIC if dynamic and size in (t, B) else DimDynamic.STATIC for size in sizes
-        ]
+        kinds = [DimDynamic.DYNAMIC if dynamic and size in (t, B) else DimDynamic.STATIC for size in sizes]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         return mode.from_tensor(real, symbolic_context=context)
 

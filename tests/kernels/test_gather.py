@@ -64,9 +64,7 @@ def test_sizes(device: str, run: Run, judge: Any, sizes: Any, topk: int, dtype: 
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_a_set_per_kv_head_and_rows_without_tokens(
-    device: str, run: Run, judge: Any, heads: int
-) -> None:
+def test_a_set_per_kv_head_and_rows_without_tokens(device: str, run: Run, judge: Any, heads: int) -> None:
     args = arguments(device, (2, 4, 2, 2, 100, 32, 32), 24, heads=heads)
     args[3][0, :, 1] = -1
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)

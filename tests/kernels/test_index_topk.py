@@ -54,9 +54,7 @@ def scores_of(args: tuple[Any, ...]) -> Tensor:
     """Returns the float64 scores of contract arguments."""
     q, k, weight, lse, mask, _, inputs, _, scale, score, predicate, per_kv_head = args
     wide = [x if x is None else x.double() for x in (q, k, weight, lse)]
-    return index_scores_reference(
-        *wide, mask, inputs, scale, parse_score(score), predicate, per_kv_head
-    )
+    return index_scores_reference(*wide, mask, inputs, scale, parse_score(score), predicate, per_kv_head)
 
 
 def check_selection(indices: Tensor, args: tuple[Any, ...], tolerance: float = 1e-4) -> None:
@@ -93,9 +91,7 @@ SIZES = [
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("score", [s.text for s in SCORES])
 @pytest.mark.parametrize(("sizes", "topk"), SIZES)
-def test_scores_and_sizes(
-    device: str, run: Run, variant: str, score: str, sizes: Any, topk: int
-) -> None:
+def test_scores_and_sizes(device: str, run: Run, variant: str, score: str, sizes: Any, topk: int) -> None:
     args = arguments(device, sizes, topk, score)
     check_selection(run("index_topk", variant, *args), args)
 
@@ -103,12 +99,11 @@ def test_scores_and_sizes(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("score", [LIGHTNING.text, "mean: dot", "max: weight*dot"])
 @pytest.mark.parametrize("per_kv_head", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_ties_are_broken_as_the_reference_does(
-    device: str, run: Run, variant: str, score: str, per_kv_head: bool, dtype: torch.dtype
+    device: str, run: Run, variant: str, score: str, per_kv_head: bool
 ) -> None:
     sizes = (2, 4, 2, 3, 200, 32)
-    args = arguments(device, sizes, 50, score, dtype, per_kv_head=per_kv_head, whole=True)
+    args = arguments(device, sizes, 50, score, torch.float16, per_kv_head=per_kv_head, whole=True)
     assert torch.equal(run("index_topk", variant, *args), index_topk_reference(*args))
 
 
@@ -138,7 +133,7 @@ def test_predicates_and_bounds(device: str, run: Run, variant: str, bounds: bool
         70,
         DOT_PRODUCT.text,
         inputs=(position, padding),
-        predicate="(kv <= in0(q)) & Ne(in1(b, kv), 0)",
+        predicate="(kv <= in0(q)) & Ne(in1(b, kv), 0) & (Abs(q - 1) <= Max(q, kv) + mod(h - 5, 3))",
         bounds=bounds,
         whole=True,
     )
@@ -155,12 +150,10 @@ def test_nan_ranks_first(device: str, run: Run, variant: str, score: str) -> Non
     assert torch.equal(run("index_topk", variant, *args), expected)
 
 
-def test_rows_are_scored_a_chunk_at_a_time(
-    device: str, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows_module, "SCORE_BYTES", 2 * 64 * 2048 * 4)
+def test_rows_are_scored_a_chunk_at_a_time(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "SCORE_BYTES", 2 * 16 * 2048 * 4)
     args = arguments(
-        device, (2, 2, 1, 150, 160, 16), 20, LIGHTNING.text, predicate="kv <= q", bounds=True, whole=True
+        device, (2, 2, 1, 40, 50, 16), 20, LIGHTNING.text, predicate="kv <= q", bounds=True, whole=True
     )
     assert torch.equal(run("index_topk", "rows", *args), index_topk_reference(*args))
 
@@ -186,9 +179,7 @@ def test_keys_of_any_strides_are_read_in_place(device: str, run: Run) -> None:
         ((1, 32, 1, 300, 3000, 128), 256),
     ],
 )
-def test_on_the_chip(
-    run: Run, sizes: Any, topk: int, score: str, dtype: torch.dtype
-) -> None:
+def test_on_the_chip(run: Run, sizes: Any, topk: int, score: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     args = arguments("cuda", sizes, topk, score, dtype)
     variant = "decode" if sizes[3] <= 8 else "rows"

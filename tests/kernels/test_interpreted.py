@@ -16,14 +16,13 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2])
 
 
-@pytest.mark.slow
 def test_kernels_agree_with_the_references_in_the_interpreter(tmp_path: Path) -> None:
     if version(triton.__version__) < (3, 7) and version(numpy.__version__) >= (2, 4):
         pytest.skip("triton 3.6 cannot interpret loops with numpy 2.4")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True
-    )
+    # The interpreter computes with numpy, which warns of log2(0) and of overflow to infinity.
+    command += ["-W", "ignore::RuntimeWarning"]
+    done = subprocess.run(command, env=environment, cwd=FOLDER.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

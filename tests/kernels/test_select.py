@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clsa_compile.kernels.index_topk.select import padded, select
+from clsa_compile.kernels.index_topk.select import padded, segments, select
 
 FORBIDDEN = -math.inf
 
@@ -24,13 +24,14 @@ def expected_selection(scores: Tensor, topk: int) -> Tensor:
     return torch.where(order == last, -1, order).to(torch.int32)
 
 
-def selection(scores: Tensor, topk: int, bounds: Tensor | None = None) -> Tensor:
+def selection(scores: Tensor, topk: int, bounds: Tensor | None = None, nt: int = 0) -> Tensor:
     """Runs the kernels on scores [B, heads, S, T]; what pads the rows must not matter."""
     t = scores.shape[-1]
     rows = torch.full((*scores.shape[:-1], padded(t)), math.nan, device=scores.device)
     rows[..., :t] = scores
     out = torch.full((*scores.shape[:-1], topk), -7, dtype=torch.int32, device=scores.device)
-    select(rows, bounds, out, 0, t, lambda kernel: kernel)
+    lines = scores.shape[:-1].numel()
+    select(rows, bounds, out, 0, t, nt or segments(lines, t), lambda kernel: kernel)
     return out
 
 
@@ -55,9 +56,7 @@ def adversarial(name: str, t: int, device: str) -> Tensor:
         "two values": lambda: torch.where(steps % 5 == 0, 2.0, 1.0),
         "few valid": lambda: torch.where(steps % 97 == 3, steps.float(), FORBIDDEN),
         "infinities": lambda: torch.where(steps % 11 == 0, math.inf, -steps.float()),
-        "lowest": lambda: torch.where(
-            steps % 2 == 0, torch.finfo(torch.float32).min, FORBIDDEN
-        ),
+        "lowest": lambda: torch.where(steps % 2 == 0, torch.finfo(torch.float32).min, FORBIDDEN),
         "tiny": lambda: (steps % 9 - 4) * 1e-45,
         "random": lambda: torch.randn(t, device=device),
         "NaN of both signs": lambda: torch.where(
@@ -93,6 +92,12 @@ def test_rows_are_independent(device: str) -> None:
     check(torch.stack(rows).view(2, 2, 2, 3000), 100)
 
 
+@pytest.mark.parametrize("nt", [1, 2, 8, 64])
+def test_the_number_of_segments_does_not_matter(device: str, nt: int) -> None:
+    scores = torch.randn(1, 1, 1, 9000, device=device).half().float()
+    assert torch.equal(selection(scores, 700, nt=nt), expected_selection(scores, 700))
+
+
 def test_bounds_cut_rows(device: str) -> None:
     scores = torch.randn(2, 2, 2, 6000, device=device)
     bounds = torch.tensor(
@@ -110,12 +115,16 @@ values = st.one_of(
 )
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    row=st.lists(values, min_size=1, max_size=40),
+    repeat=st.integers(1, 70),
+    topk=st.sampled_from([1, 2, 16, 50]),
 )
-@given(row=st.lists(values, min_size=1, max_size=40), repeat=st.integers(1, 70), topk=st.integers(1, 50))
 def test_any_row(device: str, row: list[float], repeat: int, topk: int) -> None:
-    scores = torch.tensor(row, device=device).repeat(repeat)
+    # One length for all examples: on a chip another one would be compiled anew.
+    scores = torch.full((3000,), FORBIDDEN, device=device)
+    scores[: len(row) * repeat] = torch.tensor(row, device=device).repeat(repeat)
     check(scores.view(1, 1, 1, -1), topk)
 
 
