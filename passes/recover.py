@@ -236,7 +236,8 @@ class Reader:
             return None
         if same(narrow[-1], wide[-1]):
             hit = sympy.true  # every token is selected
-        before = self.read(base)
+        alone = self.order.writes(base) == [node]  # in place, into a mask that nothing else writes
+        before = self._read(base) if alone else self.read(base)
         if isinstance(before, Condition) and before.expr in (sympy.true, sympy.false):
             if bool(before.expr) == bool(value):
                 return None

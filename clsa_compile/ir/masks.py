@@ -49,7 +49,7 @@ def parse_predicate(text: str) -> Boolean:
     names.update({"floordiv": floordiv, "mod": mod})
     names.update({f"in{i}": load(i) for i in range(64) if f"in{i}(" in text})
     try:
-        parsed = sympy.parse_expr(text, local_dict=names)
+        parsed = sympy.sympify(sympy.parse_expr(text, local_dict=names))
     except Exception as error:
         raise ExpressionError(f"cannot read the predicate {text!r}: {error}") from error
     unknown = sorted(str(s) for s in parsed.free_symbols - set(INDEX_SYMBOLS))

@@ -63,6 +63,7 @@ def launch(
         valid = lifted if valid is None else valid & lifted
     assert valid is not None
     attn_mask = valid if bias is None else torch.where(valid, bias, float("-inf")).to(q.dtype)
+    attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
     out = scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask.expand(b, -1, s, t), scale=scale, enable_gqa=grouped
     )

@@ -67,6 +67,14 @@ def test_masks_and_rows_without_keys(where: str, run: Run, kind: str, predicate:
 
 
 @pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("shape", [(24, 44), (44,), (4, 1, 44), (1, 4, 24, 1)])
+def test_masks_of_fewer_dimensions(where: str, run: Run, shape: tuple[int, ...]) -> None:
+    mask = torch.randn(shape, device=where)
+    check(run, arguments(where, 24, 44, mask=mask))
+    check(run, arguments(where, 24, 44, mask=mask, predicate="kv <= q + 20"))
+
+
+@pytest.mark.parametrize("where", DEVICES)
 def test_nan_of_a_valid_row_is_not_hidden(where: str, run: Run) -> None:
     mask = torch.ones(1, 1, 24, 44, dtype=torch.bool, device=where)
     mask[0, 0, 3] = False
