@@ -87,9 +87,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     _report_left(decision.plan, options)
     if not any(entry.action != "left" for entry in decision.plan.sites):
         return gm  # nothing to gain from another dialect
-    captured, choices = carry_out(
-        captured, decision, variants_for(captured), _wrap_triton, dump.graph
-    )
+    captured, choices = carry_out(captured, decision, variants_for(captured), _wrap_triton, dump.graph)
     dump.choices(choices)
     _count_choices(decision.plan)
     _log(decision.plan, choices)
@@ -157,9 +155,7 @@ def _warn_once(key: str, message: str) -> None:
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    patches: dict[str, Any] = (
-        dict(list_mode_options(options.mode)) if options.mode != "default" else {}
-    )
+    patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
     patches.update(options.inductor)
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"

@@ -76,17 +76,14 @@ class Options:
             ),
             (
                 "inductor",
-                isinstance(self.inductor, Mapping)
-                and all(isinstance(k, str) for k in self.inductor),
+                isinstance(self.inductor, Mapping) and all(isinstance(k, str) for k in self.inductor),
                 "a dict of Inductor's options by name",
             ),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
         )
         for name, ok, accepted in checks:
             if not ok:
-                raise OptionError(
-                    f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}"
-                )
+                raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
 
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""

@@ -127,9 +127,7 @@ class _Seen:
     def imagine(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._look(gm, inputs)
         outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        values = [
-            n.meta.get("example_value") if isinstance(n, torch.fx.Node) else n for n in outputs
-        ]
+        values = [n.meta.get("example_value") if isinstance(n, torch.fx.Node) else n for n in outputs]
         return lambda *_: [_imagined(v) for v in values]
 
 

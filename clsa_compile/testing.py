@@ -142,10 +142,7 @@ def generate_steps(
 
 def largest_difference(a: Transcript, b: Transcript) -> float:
     """Returns the largest absolute difference of logits over all steps."""
-    return max(
-        (x.double() - y.double()).abs().max().item()
-        for x, y in zip(a.logits, b.logits, strict=True)
-    )
+    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.logits, b.logits, strict=True))
 
 
 def cache_difference(a: Any, b: Any, valid: Tensor) -> float:
@@ -158,7 +155,5 @@ def cache_difference(a: Any, b: Any, valid: Tensor) -> float:
         for x, y in ((one.keys, two.keys), (one.values, two.values)):
             slots = valid[:, None, : x.shape[2], None] if valid.shape[1] >= x.shape[2] else None
             difference = (x.double() - y.double()).abs()
-            worst = max(
-                worst, (difference * slots if slots is not None else difference).max().item()
-            )
+            worst = max(worst, (difference * slots if slots is not None else difference).max().item())
     return worst

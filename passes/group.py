@@ -82,8 +82,4 @@ def _kv_groups(sites: Iterable[AttentionSite]) -> list[Group]:
     members: dict[object, list[AttentionSite]] = {}
     for site in sites:
         members.setdefault((site.k.root, site.v.root), []).append(site)
-    return [
-        Group("kv", g[0].ordinal, tuple(s.ordinal for s in g))
-        for g in members.values()
-        if len(g) > 1
-    ]
+    return [Group("kv", g[0].ordinal, tuple(s.ordinal for s in g)) for g in members.values() if len(g) > 1]

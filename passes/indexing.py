@@ -427,14 +427,10 @@ def _simplify(e: Any, sizes: dict[Any, Any]) -> Any:
     return e.func(*args)
 
 
-def chain(
-    node: Node, index: tuple[Any, ...], sizes: dict[Any, Any], *, casts: bool = False
-) -> list[View]:
+def chain(node: Node, index: tuple[Any, ...], sizes: dict[Any, Any], *, casts: bool = False) -> list[View]:
     """Returns every view of ever deeper roots of `node[index]`, the node itself first."""
     views = [View(node, index)]
     while (one := step(views[-1].root, casts=casts)) is not None:
         last = views[-1]
-        views.append(
-            View(one.root, substitute(one, last.index, sizes), (*last.copies, *one.copies))
-        )
+        views.append(View(one.root, substitute(one, last.index, sizes), (*last.copies, *one.copies)))
     return views

@@ -96,9 +96,7 @@ def _is_input_view(node: Node) -> bool:
     return node.op == "placeholder"
 
 
-def _implementation(
-    op: str, variant: Variant | None, wrap: Callable[[Any], Any]
-) -> Callable[..., Any]:
+def _implementation(op: str, variant: Variant | None, wrap: Callable[[Any], Any]) -> Callable[..., Any]:
     if variant is None:
         return REFERENCES[op]
     return lambda *args: variant.launch(*args, wrap=wrap)

@@ -29,9 +29,7 @@ def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
         ordinal = len(sites) + len(rejects)
         hidden = _hidden_attention(node)
         if hidden is not None:
-            rejects.append(
-                Reject(ordinal, node.name, module_path(node), Reason.HIGHER_ORDER, hidden)
-            )
+            rejects.append(Reject(ordinal, node.name, module_path(node), Reason.HIGHER_ORDER, hidden))
             continue
         family = by_anchor.get(node.target)
         if family is None:
@@ -42,9 +40,7 @@ def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
                 continue
             sites.append(build_site(context, family.family, ordinal, module_path(node), candidate))
         except Refused as refusal:
-            rejects.append(
-                Reject(ordinal, node.name, module_path(node), refusal.reason, refusal.detail)
-            )
+            rejects.append(Reject(ordinal, node.name, module_path(node), refusal.reason, refusal.detail))
     return Sites(tuple(sites), tuple(rejects))
 
 
@@ -57,9 +53,7 @@ def _hidden_attention(node: Node) -> str | None:
         return f"{name} is left to Inductor"
     for source in node.all_input_nodes:
         inner = (
-            getattr(node.graph.owning_module, str(source.target), None)
-            if source.op == "get_attr"
-            else None
+            getattr(node.graph.owning_module, str(source.target), None) if source.op == "get_attr" else None
         )
         if isinstance(inner, torch.fx.GraphModule) and _attends(inner):
             return f"attention inside {name} is left to Inductor"
@@ -68,8 +62,7 @@ def _hidden_attention(node: Node) -> str | None:
 
 def _attends(module: torch.fx.GraphModule) -> bool:
     return any(
-        "scaled_dot_product" in str(n.target) or "softmax" in str(n.target)
-        for n in module.graph.nodes
+        "scaled_dot_product" in str(n.target) or "softmax" in str(n.target) for n in module.graph.nodes
     )
 
 

@@ -77,9 +77,7 @@ class _named:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ClsaError):
-            raise PassError(
-                f"the pass {self.name!r} failed: {type(error).__name__}: {error}"
-            ) from error
+            raise PassError(f"the pass {self.name!r} failed: {type(error).__name__}: {error}") from error
 
 
 @cache

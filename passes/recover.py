@@ -113,9 +113,7 @@ class Recovered:
 
 def is_lowest(value: float) -> bool:
     """Tells whether a constant stands for "forbidden": -inf or a dtype's lowest finite value."""
-    lowest = [
-        torch.finfo(d).min for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    ]
+    lowest = [torch.finfo(d).min for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
     return value == -math.inf or any(value == low for low in lowest)
 
 
@@ -277,9 +275,7 @@ class Reader:
                 else sympy.S.Zero
                 for i in range(rank)
             }
-            element = _map(
-                element, lambda e, t=table: e.xreplace(t) if hasattr(e, "xreplace") else e
-            )
+            element = _map(element, lambda e, t=table: e.xreplace(t) if hasattr(e, "xreplace") else e)
             if isinstance(element, Condition):
                 allowed.append(element.expr)
             elif isinstance(element, Additive):
@@ -318,12 +314,9 @@ class Reader:
                 return None
         predicate = sympy.And(*kept)
         names = sorted(
-            {f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)}
-            - {"floordiv", "mod"}
+            {f.func.__name__ for f in predicate.atoms(sympy.core.function.AppliedUndef)} - {"floordiv", "mod"}
         )
-        if any(
-            _is_materialised(load) for load in predicate.atoms(sympy.core.function.AppliedUndef)
-        ):
+        if any(_is_materialised(load) for load in predicate.atoms(sympy.core.function.AppliedUndef)):
             return None
         if len(names) > MAX_INPUTS or predicate.count_ops() > MAX_TERMS:
             return None
@@ -405,9 +398,7 @@ def _is_materialised(part: Any) -> bool:
 
 
 def _has_selection(part: Any) -> bool:
-    return any(
-        f.func.__name__.startswith("sel") for f in part.atoms(sympy.core.function.AppliedUndef)
-    )
+    return any(f.func.__name__.startswith("sel") for f in part.atoms(sympy.core.function.AppliedUndef))
 
 
 def _selects_in_place(part: Any, selection: Selection) -> bool:
@@ -428,11 +419,7 @@ def _arange(reader: Reader, node: Node) -> Element:
     if node.target is not aten.arange.default:
         start = arguments[0]  # type: ignore[assignment]
         pace = arguments[2] if len(arguments) > 2 else 1  # type: ignore[assignment]
-    if (
-        not isinstance(start, int)
-        or not isinstance(pace, int)
-        or node.meta["val"].dtype.is_floating_point
-    ):
+    if not isinstance(start, int) or not isinstance(pace, int) or node.meta["val"].dtype.is_floating_point:
         raise Unreadable
     return Integer(identity(node).index[0] * pace + start)
 
@@ -445,11 +432,7 @@ def _constant(value_of: Callable[[Node], Any]) -> Rule:
             raise Unreadable
         if dtype == torch.bool:
             return Condition(sympy.true if value else sympy.false)
-        return (
-            Constant(float(value))
-            if dtype.is_floating_point
-            else Integer(sympy.Integer(int(value)))
-        )
+        return Constant(float(value)) if dtype.is_floating_point else Integer(sympy.Integer(int(value)))
 
     return rule
 
@@ -469,11 +452,7 @@ def _compare(relation: Any) -> Rule:
         left, right = (reader.operand(a, node) for a in node.args[:2])
         if isinstance(left, Integer) and isinstance(right, Integer):
             return Condition(relation(left.expr, right.expr))
-        if (
-            isinstance(left, Condition)
-            and isinstance(right, Condition)
-            and relation in (sympy.Eq, sympy.Ne)
-        ):
+        if isinstance(left, Condition) and isinstance(right, Condition) and relation in (sympy.Eq, sympy.Ne):
             both = sympy.Equivalent(left.expr, right.expr)
             return Condition(sympy.to_dnf(both if relation is sympy.Eq else sympy.Not(both)))
         raise Unreadable
@@ -542,9 +521,7 @@ def _where(reader: Reader, node: Node) -> Element:
 
 def _choose(condition: Any, yes: Element, no: Element) -> Element:
     if isinstance(yes, Condition) and isinstance(no, Condition):
-        return Condition(
-            sympy.Or(sympy.And(condition, yes.expr), sympy.And(sympy.Not(condition), no.expr))
-        )
+        return Condition(sympy.Or(sympy.And(condition, yes.expr), sympy.And(sympy.Not(condition), no.expr)))
     a, b = _additive(yes), _additive(no)
     if a.allowed == sympy.false and not a.biases:
         return Additive(sympy.And(sympy.Not(condition), b.allowed), b.biases)

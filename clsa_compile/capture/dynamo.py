@@ -36,9 +36,7 @@ def subclass_input(module: GraphModule) -> str | None:
 
 def uses_autocast(module: GraphModule) -> bool:
     """Tells whether autocast decides dtypes, around the graph or inside it."""
-    inside = any(
-        n.op == "call_function" and "_enter_autocast" in str(n.target) for n in module.graph.nodes
-    )
+    inside = any(n.op == "call_function" and "_enter_autocast" in str(n.target) for n in module.graph.nodes)
     return inside or any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
 
 
@@ -59,9 +57,7 @@ def capture(module: GraphModule) -> Captured:
                 tracing_mode="real",
             )(*values)
     except Exception as error:
-        raise CaptureError(
-            f"the graph could not be traced: {type(error).__name__}: {error}"
-        ) from error
+        raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {error}") from error
     _carry_over(module, traced)
     _spell_out_constants(traced, fake_mode)
     return Captured(traced, fake_mode, "dynamo")

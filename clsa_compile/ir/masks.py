@@ -170,18 +170,12 @@ def predicate_to_triton(predicate: Any, loads: Callable[[int, list[str]], str]) 
             return f"(({go(e.args[0])}) == 0)"
         if isinstance(e, sympy.And | sympy.Or):
             return (
-                "("
-                + (" & " if isinstance(e, sympy.And) else " | ").join(f"({go(a)})" for a in e.args)
-                + ")"
+                "(" + (" & " if isinstance(e, sympy.And) else " | ").join(f"({go(a)})" for a in e.args) + ")"
             )
         if type(e) in relations:
             return f"({go(e.args[0])} {relations[type(e)]} {go(e.args[1])})"
         if isinstance(e, sympy.Add | sympy.Mul):
-            return (
-                "("
-                + (" + " if isinstance(e, sympy.Add) else " * ").join(go(a) for a in e.args)
-                + ")"
-            )
+            return "(" + (" + " if isinstance(e, sympy.Add) else " * ").join(go(a) for a in e.args) + ")"
         if isinstance(e, sympy.Abs):
             return f"tl.abs({go(e.args[0])})"
         if isinstance(e, sympy.Min | sympy.Max):

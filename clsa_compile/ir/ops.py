@@ -60,9 +60,7 @@ def attend_mask(
     valid = mask if mask is not None and mask.dtype == torch.bool else None
     bias = mask if mask is not None and mask.dtype != torch.bool else None
     if predicate:
-        allowed = predicate_to_torch(
-            parse_predicate(predicate), index_grid(sizes, device), mask_inputs
-        )
+        allowed = predicate_to_torch(parse_predicate(predicate), index_grid(sizes, device), mask_inputs)
         valid = allowed if valid is None else valid & allowed
     return valid, bias
 

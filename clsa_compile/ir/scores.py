@@ -77,9 +77,7 @@ def parse_score(text: str) -> Score:
     return known or Score("custom", expr, reduce)  # type: ignore[arg-type]
 
 
-def pointwise_to_torch(
-    score: Score, dot: Tensor, weight: Tensor | None, lse: Tensor | None
-) -> Tensor:
+def pointwise_to_torch(score: Score, dot: Tensor, weight: Tensor | None, lse: Tensor | None) -> Tensor:
     """Evaluates the pointwise part; all tensors broadcast to [B, H, S, T]."""
     values = {DOT: dot, WEIGHT: weight, LSE: lse}
 

@@ -153,9 +153,7 @@ def _check_probabilities(node: Node, values: Product) -> bool:
             continue
         if current.target is aten.dropout.default:
             p, training = current.args[1], current.args[2]
-            refuse_unless(
-                not training or p == 0, Reason.DROPOUT, f"probabilities are dropped with p = {p}"
-            )
+            refuse_unless(not training or p == 0, Reason.DROPOUT, f"probabilities are dropped with p = {p}")
             continue
         if current.target is aten.slice.Tensor and not trimmed:
             trimmed = _cuts_last_column(current)
@@ -174,10 +172,7 @@ def _cuts_last_column(node: Node) -> bool:
     axis = argument(node, 1, "dim", 0) % rank
     start, pace = argument(node, 2, "start", 0), argument(node, 4, "step", 1)
     return (
-        axis == rank - 1
-        and start in (0, None)
-        and pace == 1
-        and same(shape(node)[-1], shape(source)[-1] - 1)
+        axis == rank - 1 and start in (0, None) and pace == 1 and same(shape(node)[-1], shape(source)[-1] - 1)
     )
 
 
@@ -200,9 +195,7 @@ def _value_indices(
         symbol = INDEX_SYMBOLS[role]
         if e == 0 and sizes[symbol] == 1:
             continue
-        refuse_unless(
-            e in [dim(i) for i in range(rank)], Reason.LAYOUT, "an output of unknown layout"
-        )
+        refuse_unless(e in [dim(i) for i in range(rank)], Reason.LAYOUT, "an output of unknown layout")
         out_roles[[dim(i) for i in range(rank)].index(e)] = symbol
         table[e] = symbol
     width = values.right_index[_value_axis(values)]
@@ -284,9 +277,7 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
         sinks = Part(sink, (*role_index(roles, sizes)[:-1], sympy.S.Zero))
         sinks = Part(
             sink,
-            tuple(
-                sympy.S.Zero if s == 1 else e for e, s in zip(sinks.index, shape(sink), strict=True)
-            ),
+            tuple(sympy.S.Zero if s == 1 else e for e, s in zip(sinks.index, shape(sink), strict=True)),
         )
     for _ in range(32):
         found = product(x)
@@ -307,15 +298,11 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
             x = view.root
         elif (masked := read_mask(x)) is not None:
             refuse_unless(stage == 0, Reason.ORDER, f"the mask in {x.name} comes before the scale")
-            refuse_unless(
-                index == role_index(roles, sizes), Reason.LAYOUT, "a mask on reshaped scores"
-            )
+            refuse_unless(index == role_index(roles, sizes), Reason.LAYOUT, "a mask on reshaped scores")
             x, mask = masked
             masks.append(mask)
         elif (capped := _softcap(x)) is not None:
-            refuse_unless(
-                stage == 0, Reason.ORDER, f"the softcap in {x.name} comes before the scale"
-            )
+            refuse_unless(stage == 0, Reason.ORDER, f"the softcap in {x.name} comes before the scale")
             stage = 1
             x, softcap = capped
         elif (scaled := read_scale(x)) is not None:
@@ -409,11 +396,7 @@ def read_scale(node: Node) -> tuple[Node, float] | None:
     if not is_tensor(x) or not isinstance(x, Node):
         return None
     value = constant(factor)
-    if (
-        value is None
-        and isinstance(factor, Node)
-        and not isinstance(factor.meta.get("val"), torch.Tensor)
-    ):
+    if value is None and isinstance(factor, Node) and not isinstance(factor.meta.get("val"), torch.Tensor):
         raise Refused(Reason.SCALE, f"the scale {factor.name} is not a constant")
     if value is None or value == 0:
         return None

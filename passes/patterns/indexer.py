@@ -155,9 +155,7 @@ def canonical(spec: MaskSpec) -> tuple[frozenset[Any], Any]:
             name = load.func.__name__
             if name.startswith("in"):
                 node = spec.inputs[int(name[2:])]
-                part = part.subs(
-                    load, sympy.Function(f"node_{node.name}", integer=True)(*load.args)
-                )
+                part = part.subs(load, sympy.Function(f"node_{node.name}", integer=True)(*load.args))
         parts.add(part)
     tensor = None
     if spec.tensor is not None:
@@ -177,9 +175,7 @@ def _check_users(node: Node) -> None:
         if user.target.__name__ == "getitem" and user.args[1] == 1:  # type: ignore[union-attr]
             _check_index_users(user)
         elif user.users:
-            raise Refused(
-                Reason.USERS, f"the selected scores are used by {next(iter(user.users)).name}"
-            )
+            raise Refused(Reason.USERS, f"the selected scores are used by {next(iter(user.users)).name}")
 
 
 def _check_index_users(node: Node) -> None:
@@ -207,9 +203,7 @@ def _walk(scores: Node, sizes: dict[Any, Any]) -> Reading:
             reading.masks = masks
             return reading
         if (masked := read_mask(x)) is not None:
-            refuse_unless(
-                index == role_index(_ROLES, sizes), Reason.LAYOUT, "a mask on reshaped scores"
-            )
+            refuse_unless(index == role_index(_ROLES, sizes), Reason.LAYOUT, "a mask on reshaped scores")
             x, mask = masked
             masks.append(mask)
         elif is_cast(x):
@@ -239,9 +233,7 @@ def _reduction(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any]) -> Readin
         points.pointwise = WEIGHT * points.pointwise
         points.heads = found.summed
         return points
-    reduce = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean", aten.amax.default: "max"}.get(
-        x.target
-    )
+    reduce = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean", aten.amax.default: "max"}.get(x.target)
     if reduce is None:
         return None
     return _summed(x, index, sizes, reduce)
@@ -306,9 +298,7 @@ def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str)
     rank = source.meta["val"].dim()
     axes = argument(x, 1, "dim")
     axes = [axes] if isinstance(axes, int) else list(axes or [])
-    refuse_unless(
-        len(axes) == 1, Reason.SCORE, "the index scores are reduced over several dimensions"
-    )
+    refuse_unless(len(axes) == 1, Reason.SCORE, "the index scores are reduced over several dimensions")
     axis = axes[0] % rank
     inner = list(index)
     if argument(x, 2, "keepdim", False):
@@ -334,9 +324,7 @@ def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str)
             Reason.SCORE,
             "the head weights depend on the key",
         )
-    refuse_unless(
-        _comes_from_product(source), Reason.SCORE, "what is reduced over heads is not a product"
-    )
+    refuse_unless(_comes_from_product(source), Reason.SCORE, "what is reduced over heads is not a product")
     reading = _pointwise(source, tuple(inner), sizes, x)
     reading.heads, reading.reduce, reading.weight = heads, reduce, weight
     if weight is not None:

@@ -199,9 +199,7 @@ def plain_operand(
         if not casts:
             break  # the node itself will do
     if best is None:
-        raise Refused(
-            Reason.LAYOUT, f"{name} ({part.node.name}) is not laid out as attention needs it"
-        )
+        raise Refused(Reason.LAYOUT, f"{name} ({part.node.name}) is not laid out as attention needs it")
     return best
 
 
@@ -213,14 +211,10 @@ def _sizes_fit(root: Node, operand: Operand, roles: Sequence[Any], sizes: dict[A
     )
 
 
-def build_site(
-    context: Context, family: str, ordinal: int, path: str, candidate: Candidate
-) -> AttentionSite:
+def build_site(context: Context, family: str, ordinal: int, path: str, candidate: Candidate) -> AttentionSite:
     """Checks a candidate's operands and masks, and returns the site. Raises Refused."""
     # 1. Head counts and widths are static.
-    refuse_unless(
-        isinstance(candidate.sizes[H_], int), Reason.SHAPE, "the number of heads is not static"
-    )
+    refuse_unless(isinstance(candidate.sizes[H_], int), Reason.SHAPE, "the number of heads is not static")
     # 2. Operands are permutations of [B, H, S, D] and [B, Hkv, T, D].
     q = plain_operand(context, candidate.q, (B_, H_, Q_, C_), candidate, "the query")
     k, k_heads = kv_operand(context, candidate.k, C_, candidate, "the key")
@@ -329,9 +323,7 @@ def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
         f"a mask of dtype {value.dtype}",
     )
     write = context.order.write_between(mask, candidate.first_read, candidate.out)
-    refuse_unless(
-        write is None, Reason.MUTATION, f"the mask ({mask.name}) is written before it is used"
-    )
+    refuse_unless(write is None, Reason.MUTATION, f"the mask ({mask.name}) is written before it is used")
     roles = candidate.roles[len(candidate.roles) - value.dim() :]
     dims: list[int | None] = [None] * 4
     for position, role in enumerate(roles):

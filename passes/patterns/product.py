@@ -66,11 +66,7 @@ def _batch(own: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
 
 def _einsum(node: Node) -> Product | None:
     equation, operands = node.args[:2]
-    if (
-        not isinstance(equation, str)
-        or not isinstance(operands, list | tuple)
-        or len(operands) != 2
-    ):
+    if not isinstance(equation, str) or not isinstance(operands, list | tuple) or len(operands) != 2:
         return None
     left, right = operands
     text = equation.replace(" ", "")

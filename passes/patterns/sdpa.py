@@ -117,9 +117,7 @@ def _sizes(q: Node, k: Node, v: Node, rank: int) -> dict[Any, Any]:
 
 def _broadcast(node: Node, index: tuple[Any, ...]) -> tuple[Any, ...]:
     """Reads dimensions of size 1 at 0."""
-    return tuple(
-        sympy.S.Zero if size == 1 else e for e, size in zip(index, shape(node), strict=True)
-    )
+    return tuple(sympy.S.Zero if size == 1 else e for e, size in zip(index, shape(node), strict=True))
 
 
 SDPA = Pattern("sdpa", (aten.scaled_dot_product_attention.default,), _match)
