@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler_config
 from torch._dynamo.utils import counters
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -159,8 +160,9 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
     patches.update(options.inductor)
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_fx(gm, example_inputs, config_patches=patches or None)  # type: ignore[arg-type, no-any-return]
+    with compiler_config.patch(cache_key_tag=tag):
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
+    return compiled
 
 
 def _report_left(plan: Plan, options: Options) -> None:

@@ -102,10 +102,13 @@ def generate_steps(
     batch: int = 2,
     length: int = 48,
     seed: int = 1,
+    prime: Any = None,
 ) -> Transcript:
     """Runs a prefill with left padding in the first row, then `steps` decode steps of given tokens.
 
     `cache` is "static", "dynamic" or "none" (then only the prefill runs). Logits of padding are zeroed.
+    `prime` is an eager model that makes the cache's tensors beforehand, as `generate` does: made inside of a
+    captured CUDA graph they would belong to it.
     """
     from transformers import DynamicCache, StaticCache
 
@@ -120,6 +123,10 @@ def generate_steps(
     mask = torch.ones(batch, prompt, dtype=torch.long)
     mask[0, :padding] = 0
     vocabulary = config.vocab_size
+    if prime is not None:
+        with torch.no_grad():
+            prime(torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=past)
+        past.reset()
     transcript = Transcript(cache=past)
     for step in range(steps + 1 if past is not None else 1):
         width = prompt if step == 0 else 1

@@ -228,10 +228,9 @@ def step(node: Node, *, casts: bool = False) -> View | None:
         return None
     if node.target is operator.getitem:
         return _piece(node)
-    source = node.args[0] if node.args else None
+    source: Any = node.args[0] if node.args else None
     if not is_tensor(source):
         return None
-    assert isinstance(source, Node)
     old, new = shape(source), shape(node)
     own = identity(node).index
     target = node.target
@@ -286,7 +285,7 @@ def _t(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
 
 
 def _permute(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
-    order = [int(x) % len(own) for x in node.args[1]]  # type: ignore[union-attr,arg-type]
+    order = [int(x) % len(own) for x in node.args[1]]
     index: list[Any] = [None] * len(own)
     for position, d in enumerate(order):
         index[d] = own[position]
@@ -313,7 +312,7 @@ def _slice(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
 
 
 def _narrow(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
-    d, start = int(node.args[1]) % len(own), node.args[2]  # type: ignore[arg-type]
+    d, start = int(node.args[1]) % len(own), node.args[2]
     if not isinstance(start, int) or start < 0:
         return None
     index = list(own)
@@ -328,8 +327,7 @@ def _swap_last(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
 def _movedim(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
     rank = len(own)
     sources, targets = (
-        [int(x) % rank for x in (a if isinstance(a, list | tuple) else [a])]  # type: ignore[arg-type]
-        for a in node.args[1:3]
+        [int(x) % rank for x in (a if isinstance(a, list | tuple) else [a])] for a in node.args[1:3]
     )
     order = [d for d in range(rank) if d not in sources]
     for target, moved in sorted(zip(targets, sources, strict=True)):
@@ -342,7 +340,7 @@ def _movedim(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
 
 def _select(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
     rank = len(own) + 1
-    d, at = node.args[1] % rank, node.args[2]  # type: ignore[operator]
+    d, at = node.args[1] % rank, node.args[2]
     if not isinstance(at, int):
         return None
     if at < 0:
@@ -376,7 +374,6 @@ def _piece(node: Node) -> View | None:
     source = parts.args[0]
     if not is_tensor(source):
         return None
-    assert isinstance(source, Node)
     pieces = parts.meta["val"]
     if parts.target in splits:
         rank = node.meta["val"].dim()

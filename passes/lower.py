@@ -99,14 +99,15 @@ def _is_input_view(node: Node) -> bool:
 def _implementation(op: str, variant: Variant | None, wrap: Callable[[Any], Any]) -> Callable[..., Any]:
     if variant is None:
         return REFERENCES[op]
-    return lambda *args: variant.launch(*args, wrap=wrap)
+    launch = variant.launch
+    return lambda *args: launch(*args, wrap=wrap)
 
 
 def facts_of(node: Node, op: str) -> Facts:
     """Returns what is known of a contract op from its operands' values."""
     values = {
         argument.name: value.meta["val"] if isinstance(value, Node) else value
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
     }
     if op == "mask_bounds":
         like = values["like"]

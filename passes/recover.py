@@ -174,11 +174,10 @@ class Reader:
 
     def _through(self, element: Element, index: tuple[Any, ...], node: Node) -> Element:
         table = {dim(i): e for i, e in enumerate(index)}
-        return _map(element, lambda e: e.xreplace(table) if hasattr(e, "xreplace") else e)
+        return _map(element, _substitution(table))
 
     def _cast(self, node: Node) -> Element:
         source, dtype = node.args[0], node.meta["val"].dtype
-        assert isinstance(source, Node)
         if source.meta["val"].device != node.meta["val"].device:
             raise Unreadable
         element = self.read(source)
@@ -229,7 +228,6 @@ class Reader:
         chosen = self.leaves.select(Selection(topk, rank))(*identity(node).index)
         hit: Any = sympy.Ne(chosen, 0)
         scores = topk.args[0]
-        assert isinstance(scores, Node)
         if not same(shape(scores)[-1], wide[-1]):
             return None
         if same(narrow[-1], wide[-1]):
@@ -275,7 +273,7 @@ class Reader:
                 else sympy.S.Zero
                 for i in range(rank)
             }
-            element = _map(element, lambda e, t=table: e.xreplace(t) if hasattr(e, "xreplace") else e)
+            element = _map(element, _substitution(table))
             if isinstance(element, Condition):
                 allowed.append(element.expr)
             elif isinstance(element, Additive):
@@ -359,14 +357,13 @@ def top_indices(node: Node) -> Node | None:
     """Returns the top-k whose indices a node is, through integer casts."""
     while is_cast(node) and not node.meta["val"].dtype.is_floating_point:
         source = node.args[0]
-        assert isinstance(source, Node)
         node = source
     if node.op != "call_function" or len(node.args) != 2 or node.args[1] != 1:
         return None
     source = node.args[0]
     if not isinstance(source, Node) or source.target is not aten.topk.default:
         return None
-    rank = source.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    rank = source.args[0].meta["val"].dim()
     axis = argument(source, 2, "dim", -1)
     largest = argument(source, 3, "largest", True)
     return source if axis in (-1, rank - 1) and largest else None
@@ -380,6 +377,10 @@ def _map(element: Element, change: Callable[[Any], Any]) -> Element:
     if isinstance(element, Additive):
         return Additive(change(element.allowed), tuple(change(b) for b in element.biases))
     return element
+
+
+def _substitution(table: dict[Any, Any]) -> Callable[[Any], Any]:
+    return lambda e: e.xreplace(table) if hasattr(e, "xreplace") else e
 
 
 def _single_load(part: Any) -> str | None:
@@ -417,8 +418,8 @@ def _arange(reader: Reader, node: Node) -> Element:
     arguments = [a for a in node.args if not isinstance(a, torch.dtype)]
     start, pace = 0, 1
     if node.target is not aten.arange.default:
-        start = arguments[0]  # type: ignore[assignment]
-        pace = arguments[2] if len(arguments) > 2 else 1  # type: ignore[assignment]
+        start = arguments[0]
+        pace = arguments[2] if len(arguments) > 2 else 1
     if not isinstance(start, int) or not isinstance(pace, int) or node.meta["val"].dtype.is_floating_point:
         raise Unreadable
     return Integer(identity(node).index[0] * pace + start)
@@ -542,7 +543,6 @@ def _index(reader: Reader, node: Node) -> Element:
     source, indices = node.args
     if not is_tensor(source) or not isinstance(indices, list | tuple) or None in indices:
         raise Unreadable
-    assert isinstance(source, Node)
     if len(indices) != source.meta["val"].dim():
         raise Unreadable
     places = [reader.operand(i, node) for i in indices]
@@ -553,7 +553,7 @@ def _index(reader: Reader, node: Node) -> Element:
     table.update({dim(i): sympy.S.Zero for i in range(len(sizes)) if sizes[i] == 1})
     if any(_may_be_negative(e) for e in table.values()):
         raise Unreadable  # negative places wrap around
-    return _map(reader.read(source), lambda e: e.xreplace(table) if hasattr(e, "xreplace") else e)
+    return _map(reader.read(source), _substitution(table))
 
 
 def _may_be_negative(e: Any) -> bool:

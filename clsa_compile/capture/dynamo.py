@@ -47,7 +47,7 @@ def capture(module: GraphModule) -> Captured:
     """
     inputs = placeholders(module)
     values = [n.meta.get("example_value") for n in inputs]
-    fake_mode = _fake_mode(values)
+    fake_mode = _fake_mode(module)
     try:
         # `torch.fx.Interpreter` keeps every node's origin while the dispatcher is traced.
         with fake_mode, preserve_node_meta():
@@ -63,12 +63,13 @@ def capture(module: GraphModule) -> Captured:
     return Captured(traced, fake_mode, "dynamo")
 
 
-def _fake_mode(values: list[Any]) -> FakeTensorMode:
-    # The inputs' own mode: the tracing context's is another one, and the two do not mix.
-    for value in values:
+def _fake_mode(module: GraphModule) -> FakeTensorMode:
+    # The values' own mode: the tracing context's is another one, and the two do not mix.
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
         if isinstance(value, FakeTensor):
             return value.fake_mode
-    raise CaptureError("the graph has no tensor inputs")
+    raise CaptureError("the graph computes with no tensors")
 
 
 def _carry_over(source: GraphModule, traced: GraphModule) -> None:
@@ -77,11 +78,11 @@ def _carry_over(source: GraphModule, traced: GraphModule) -> None:
             if key in old.meta:
                 new.meta[key] = old.meta[key]
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
         new._rename(old.name)
     traced.meta.update({k: v for k, v in source.meta.items() if k not in traced.meta})
     if hasattr(source, "_param_name_to_source"):
-        traced._param_name_to_source = source._param_name_to_source  # type: ignore[assignment]
+        traced._param_name_to_source = source._param_name_to_source
     traced.recompile()
 
 

@@ -16,10 +16,12 @@ from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 from torch import Tensor
 
 from clsa_compile.errors import ExpressionError
+from clsa_compile.ir.expressions import read_expression
 
 B_, H_, Q_, KV_ = (sympy.Symbol(n, integer=True, nonnegative=True) for n in ("b", "h", "q", "kv"))
 INDEX_SYMBOLS = (B_, H_, Q_, KV_)
 TRUE = sympy.true
+MAX_SLOTS = 16
 
 # Integer division and remainder as Python and torch define them (towards minus infinity).
 floordiv = sympy.Function("floordiv", integer=True)
@@ -47,16 +49,8 @@ def parse_predicate(text: str) -> Boolean:
         return TRUE
     names: dict[str, Any] = {str(s): s for s in INDEX_SYMBOLS}
     names.update({"floordiv": floordiv, "mod": mod})
-    names.update({f"in{i}": load(i) for i in range(64) if f"in{i}(" in text})
-    try:
-        parsed = sympy.sympify(sympy.parse_expr(text, local_dict=names))
-    except Exception as error:
-        raise ExpressionError(f"cannot read the predicate {text!r}: {error}") from error
-    unknown = sorted(str(s) for s in parsed.free_symbols - set(INDEX_SYMBOLS))
-    if unknown:
-        raise ExpressionError(
-            f"the predicate {text!r} names {', '.join(unknown)}; it may use b, h, q, kv and in0, in1, ..."
-        )
+    names.update({f"in{i}": load(i) for i in range(MAX_SLOTS)})
+    parsed = read_expression(text, names)
     if not isinstance(parsed, Boolean):
         raise ExpressionError(f"the predicate {text!r} is not a condition")
     return parsed

@@ -13,7 +13,7 @@ may attend to nothing gives zeros and an lse of -inf, never NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,8 @@ def attention_reference(
     """Dense attention with grouped heads: out [B, H, S, Dv] in q's dtype, lse [B, H, S] in fp32.
 
     q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv]. `mask` is boolean or additive and broadcasts
-    to [B, H, S, T]; `predicate` is AND-ed to it. `bounds` int32 [B, S, 2] is a half-open hint that may be
+    to [B, H, S, T]; `predicate` is AND-ed to it. Additive values at the dtype's lowest count as forbidden: a row
+    that has no other gives a mean of v or zeros, as in eager code it is padding. `bounds` int32 [B, S, 2] is a half-open hint that may be
     loose, and is not needed here. `sinks` [H] joins the softmax's denominator and no value; the lse is
     that of the scores without the sink. `softcap` 0 means none.
     """
@@ -222,8 +223,8 @@ def index_scores_reference(
         None if lse is None else lse.to(acc).unsqueeze(-1),
     )
     heads = points.reshape(b, hkv, h // hkv, s, t) if per_kv_head else points.unsqueeze(1)
-    reduce = {"sum": torch.sum, "max": torch.amax, "mean": torch.mean}[score.reduce]
-    scores = reduce(heads, dim=2)
+    reduce: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "max": torch.amax, "mean": torch.mean}
+    scores = reduce[score.reduce](heads, dim=2)
     valid, bias = attend_mask(mask, mask_inputs, predicate, (b, 1, s, t), q.device)
     if bias is not None:
         scores = scores + bias.to(acc)
@@ -327,13 +328,13 @@ def _mask_bounds_fake(like: Tensor, *rest: Any) -> Tensor:
     return like.new_empty((like.shape[0], like.shape[2], 2), dtype=torch.int32)
 
 
-REFERENCES = {
+REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention_reference,
     "sparse_attention": sparse_attention_reference,
     "index_topk": index_topk_reference,
     "mask_bounds": mask_bounds_reference,
 }
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "attention": _attention_fake,
     "sparse_attention": _sparse_attention_fake,
     "index_topk": _index_topk_fake,

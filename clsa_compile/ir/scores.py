@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.errors import ExpressionError
+from clsa_compile.ir.expressions import read_expression
 
 DOT, WEIGHT, LSE = (sympy.Symbol(n, real=True) for n in ("dot", "weight", "lse"))
 REDUCTIONS = ("sum", "max", "mean")
@@ -63,16 +64,7 @@ def parse_score(text: str) -> Score:
         raise ExpressionError(
             f"the score {text!r} must start with one of {', '.join(REDUCTIONS)} and a colon"
         )
-    names = {str(s): s for s in (DOT, WEIGHT, LSE)}
-    try:
-        expr = sympy.parse_expr(body, local_dict=names)
-    except Exception as error:
-        raise ExpressionError(f"cannot read the score {text!r}: {error}") from error
-    unknown = sorted(str(s) for s in expr.free_symbols - {DOT, WEIGHT, LSE})
-    if unknown:
-        raise ExpressionError(
-            f"the score {text!r} names {', '.join(unknown)}; it may use dot, weight and lse"
-        )
+    expr = read_expression(body, {str(s): s for s in (DOT, WEIGHT, LSE)})
     known = next((s for s in SCORES if s.pointwise == expr and s.reduce == reduce), None)
     return known or Score("custom", expr, reduce)  # type: ignore[arg-type]
 
@@ -132,7 +124,7 @@ def pointwise_to_triton(score: Score) -> str:
             args.sort(key=lambda t: t[0].isdigit() or t[0] == "-")
             text = args[0]
             for arg in args[1:]:
-                text = f"{name}({text}, {arg})"
+                text = f"{name}({text}, {arg}, propagate_nan=tl.PropagateNan.ALL)"
             return text
         if isinstance(e, sympy.exp):
             return f"tl.exp({args[0]})"

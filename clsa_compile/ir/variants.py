@@ -61,7 +61,7 @@ class Variant:
 
 def select(variants: tuple[Variant, ...], facts: Facts) -> tuple[Variant | None, tuple[str, ...]]:
     """Returns the first variant that supports the facts, and the reasons of those before it."""
-    reasons = []
+    reasons: list[str] = []
     for variant in variants:
         if variant.op != facts.op:
             continue

@@ -65,7 +65,6 @@ def _match(context: Context, node: Node) -> Candidate | None:
         return None
     # 1. The softmax runs over the keys, in a tensor of rank 4 or 3.
     scores = node.args[0]
-    assert isinstance(scores, Node)
     rank = scores.meta["val"].dim()
     axis = argument(node, 1, "dim", -1)
     roles = roles_of(rank)
@@ -167,7 +166,6 @@ def _check_probabilities(node: Node, values: Product) -> bool:
 
 def _cuts_last_column(node: Node) -> bool:
     source = node.args[0]
-    assert isinstance(source, Node)
     rank = source.meta["val"].dim()
     axis = argument(node, 1, "dim", 0) % rank
     start, pace = argument(node, 2, "start", 0), argument(node, 4, "step", 1)
@@ -286,7 +284,6 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
         target = x.target
         if is_cast(x):
             source = x.args[0]
-            assert isinstance(source, Node)
             refuse_unless(
                 source.meta["val"].dtype.is_floating_point,
                 Reason.DTYPE,
@@ -333,7 +330,6 @@ def read_mask(node: Node) -> tuple[Node, Node] | None:
         a, b = node.args[:2]
         if not is_tensor(a) or not is_tensor(b):
             return None
-        assert isinstance(a, Node) and isinstance(b, Node)
         if not all(map(same, shape(a), shape(node))) or len(shape(a)) != len(shape(node)):
             return (b, a)
         if len(shape(b)) != len(shape(node)) or not all(map(same, shape(b), shape(node))):
@@ -344,7 +340,6 @@ def read_mask(node: Node) -> tuple[Node, Node] | None:
         value = constant(other)
         if value is None or not is_lowest(value) or not is_tensor(x) or not is_tensor(condition):
             return None
-        assert isinstance(x, Node) and isinstance(condition, Node)
         return (x, condition)
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         x, condition, other = node.args
@@ -354,7 +349,6 @@ def read_mask(node: Node) -> tuple[Node, Node] | None:
         negated = condition
         if negated.target in (aten.bitwise_not.default, aten.logical_not.default):
             kept = negated.args[0]
-            assert isinstance(kept, Node) and isinstance(x, Node)
             return (x, kept)
     return None
 
@@ -378,7 +372,6 @@ def _softcap(node: Node) -> tuple[Node, float] | None:
         return None
     sole_user(inner)
     ratio = inner.args[0]
-    assert isinstance(ratio, Node)
     scaled = read_scale(ratio)
     if scaled is None or abs(scaled[1] * cap - 1) > 1e-6:
         return None

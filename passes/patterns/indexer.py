@@ -59,7 +59,6 @@ def read_indexer(context: Context, selection: Selection, attention: Recovered) -
     """Returns the indexer of a selection. Raises Refused with what does not fit."""
     node = selection.topk_node
     scores, wanted = node.args[0], node.args[1]
-    assert isinstance(scores, Node)
     # 1. One set per query row, of a constant size.
     refuse_unless(
         selection.rank == 3 and scores.meta["val"].dim() == 3,
@@ -172,7 +171,7 @@ def implies(strict: MaskSpec, loose: MaskSpec) -> bool:
 
 def _check_users(node: Node) -> None:
     for user in node.users:
-        if user.target.__name__ == "getitem" and user.args[1] == 1:  # type: ignore[union-attr]
+        if user.target.__name__ == "getitem" and user.args[1] == 1:
             _check_index_users(user)
         elif user.users:
             raise Refused(Reason.USERS, f"the selected scores are used by {next(iter(user.users)).name}")
@@ -207,7 +206,7 @@ def _walk(scores: Node, sizes: dict[Any, Any]) -> Reading:
             x, mask = masked
             masks.append(mask)
         elif is_cast(x):
-            x = x.args[0]  # type: ignore[assignment]
+            x = x.args[0]
         elif (view := step(x)) is not None:
             index = substitute(view, index, sizes)
             x = view.root
@@ -259,7 +258,7 @@ def _comes_from_product(node: Node) -> bool:
         )
         if not known and read_scale(node) is None:
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return False
 
 
@@ -278,9 +277,9 @@ def _pointwise(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], user: Nod
             # What was a scale so far stands outside of the relu.
             outer.append(lambda e, s=scale: sympy.Max(e, 0) * (s if s != 1.0 else 1))
             scale = 1.0
-            x = x.args[0]  # type: ignore[assignment]
+            x = x.args[0]
         elif is_cast(x):
-            x = x.args[0]  # type: ignore[assignment]
+            x = x.args[0]
         elif (view := step(x)) is not None:
             index = substitute(view, index, sizes)
             x = view.root
@@ -294,7 +293,6 @@ def _pointwise(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], user: Nod
 
 def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str) -> Reading:
     source = x.args[0]
-    assert isinstance(source, Node)
     rank = source.meta["val"].dim()
     axes = argument(x, 1, "dim")
     axes = [axes] if isinstance(axes, int) else list(axes or [])
@@ -310,7 +308,6 @@ def _summed(x: Node, index: tuple[Any, ...], sizes: dict[Any, Any], reduce: str)
     if source.target is aten.mul.Tensor and read_scale(source) is None:
         sole_user(source)
         a, b = source.args[:2]
-        assert isinstance(a, Node) and isinstance(b, Node)
         a_has = _comes_from_product(a)
         source, other = (a, b) if a_has else (b, a)
         own = shape(other)

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from clsa_compile.ir.masks import B_, H_, INDEX_SYMBOLS, KV_, Q_
+from clsa_compile.ir.masks import B_, H_, INDEX_SYMBOLS, KV_, Q_, floordiv
 from clsa_compile.ir.sites import (
     AttentionSite,
     IndexerSite,
@@ -20,7 +20,7 @@ from clsa_compile.ir.sites import (
     Refused,
 )
 from clsa_compile.passes.analyze import Order
-from clsa_compile.passes.indexing import View, argument, chain, dim, floordiv, is_cast, same, shape
+from clsa_compile.passes.indexing import View, argument, chain, dim, is_cast, same, shape
 from clsa_compile.passes.patterns.product import SUM
 from clsa_compile.passes.recover import Reader, Recovered, Selection, as_operand
 
@@ -158,8 +158,8 @@ def _as_kv(view: View, row: Any, sizes: dict[Any, Any]) -> tuple[Operand, Any] |
         return None
     root = shape(view.root)
     wanted = (sizes[B_], sympy.sympify(kv_heads), sizes[KV_], sizes[row])
-    for role, position in enumerate(operand.dims):
-        size = sympy.S.One if position is None else root[position]
+    for role, where in enumerate(operand.dims):
+        size = sympy.S.One if where is None else root[where]
         if role == 1 and size == 1:
             kv_heads = 1  # one head for all, by broadcasting
             continue
@@ -328,7 +328,7 @@ def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
     dims: list[int | None] = [None] * 4
     for position, role in enumerate(roles):
         if role is not None:
-            dims[role] = position
+            dims[int(role)] = position
     spec = MaskSpec(sympy.true, (), Operand(mask, tuple(dims)))
     return _with_causal(spec, candidate)
 

@@ -40,7 +40,6 @@ def product(node: Node) -> Product | None:
     left, right = node.args[:2]
     if not is_tensor(left) or not is_tensor(right):
         return None
-    assert isinstance(left, Node) and isinstance(right, Node)
     a, b = shape(left), shape(right)
     rank = node.meta["val"].dim()
     if len(a) < 2 or len(b) < 2:
@@ -72,7 +71,6 @@ def _einsum(node: Node) -> Product | None:
     text = equation.replace(" ", "")
     if "..." in text or "->" not in text or not is_tensor(left) or not is_tensor(right):
         return None
-    assert isinstance(left, Node) and isinstance(right, Node)
     inputs, output = text.split("->")
     first, second = inputs.split(",")
     if any(len(set(part)) != len(part) for part in (first, second, output)):

@@ -29,7 +29,6 @@ aten = torch.ops.aten
 
 def _match(context: Context, node: Node) -> Candidate | None:
     q, k, v = node.args[:3]
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     # 1. Nothing random.
     dropout = argument(node, 4, "dropout_p", 0.0)
     refuse_unless(dropout == 0, Reason.DROPOUT, f"dropout_p is {dropout}")
