@@ -160,7 +160,7 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
     patches.update(options.inductor)
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"
-    with compiler_config.patch(cache_key_tag=tag):
+    with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     return compiled
 
