@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import SymInt
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -58,7 +58,7 @@ def lower(
         key = (op, variant.name if variant else "", _signature(node))
         if key not in traced:
             traced[key] = _trace(captured, node, _implementation(op, variant, wrap))
-        _inline(captured.graph, node, traced[key])
+        _inline(captured, node, traced[key])
         choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons))
     drop_dead(captured.graph)
     captured.module.recompile()
@@ -188,8 +188,13 @@ def _trace(captured: Captured, node: Node, implementation: Callable[..., Any]) -
         return make_fx(call, pre_dispatch=True, tracing_mode="real")(*values)
 
 
-def _inline(graph: Graph, node: Node, traced: GraphModule) -> None:
-    """Copies a traced implementation before a node, and replaces the node by its result."""
+def _inline(captured: Captured, node: Node, traced: GraphModule) -> None:
+    """Copies a traced implementation before a node, and replaces the node by its result.
+
+    The result gets the order of strides that the contract op declares: later views rely on it.
+    """
+    graph = captured.graph
+    emit = Emitter(captured, node)
     operands = [leaf for leaf in tree_flatten(node.args)[0] if isinstance(leaf, Node)]
     copies: dict[Node, Any] = {}
     result: Any = None
@@ -205,10 +210,13 @@ def _inline(graph: Graph, node: Node, traced: GraphModule) -> None:
                 for name in ("nn_module_stack", "stack_trace"):
                     if name in node.meta:
                         copies[inner].meta.setdefault(name, node.meta[name])
-    if isinstance(result, Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
-            graph.erase_node(user)
+        results = [result] if isinstance(result, Node) else list(result)
+        replaced = [node] if isinstance(result, Node) else [None] * len(results)
+        for user in [] if isinstance(result, Node) else node.users:
+            replaced[user.args[1]] = user
+        for old, new in zip(replaced, results, strict=True):
+            if old is not None:
+                old.replace_all_uses_with(emit.like(new, old))
+    for user in list(node.users):
+        graph.erase_node(user)
     graph.erase_node(node)

@@ -104,6 +104,13 @@ class Leaves:
 
 
 @dataclass(frozen=True, slots=True)
+class Forbids:
+    """A boolean mask that says which keys may not be read."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """A mask in terms of b, h, q, kv. `selection` is the top-k that the mask ANDs in, if any."""
 
@@ -252,18 +259,23 @@ class Reader:
 
     # -- finishing ----------------------------------------------------------------------------
 
-    def recover(self, masks: Sequence[Node], roles: tuple[int | None, ...]) -> Recovered | None:
+    def recover(self, masks: Sequence[Node | Forbids], roles: tuple[int | None, ...]) -> Recovered | None:
         """Returns several masks (all must allow) as one, or None when they cannot be carried.
 
         `roles[i]` says which of b, h, q, kv dimension i of the score tensor is; masks broadcast to it.
         """
         allowed: list[Any] = []
         biases: list[Any] = []
-        for mask in masks:
+        for given in masks:
+            mask = given.node if isinstance(given, Forbids) else given
             try:
                 element = self.read(mask)
             except Unreadable:
                 return None
+            if isinstance(given, Forbids):
+                if not isinstance(element, Condition):
+                    return None
+                element = Condition(sympy.Not(element.expr))
             rank = mask.meta["val"].dim()
             if rank > len(roles):
                 return None
@@ -330,7 +342,9 @@ class Reader:
 
     def _tensor(self, part: Any) -> Operand | None:
         """Returns a materialised mask's load as an operand [B, H, S, T]."""
-        load = next(iter(part.atoms(sympy.core.function.AppliedUndef)))
+        load = next(
+            f for f in part.atoms(sympy.core.function.AppliedUndef) if f.func.__name__.startswith("leaf")
+        )
         node = self.leaves.nodes[int(load.func.__name__[4:])]
         return as_operand(node, load.args, INDEX_SYMBOLS)
 

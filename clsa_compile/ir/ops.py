@@ -286,7 +286,8 @@ def mask_bounds_reference(
     if bias is not None:
         lifted = bias > torch.finfo(bias.dtype).min
         valid = lifted if valid is None else valid & lifted
-    positions = torch.arange(keys, dtype=torch.int32, device=like.device)
+    # int64 until the end: a symbolic T is one, and Inductor wants one type throughout a reduction.
+    positions = torch.arange(keys, device=like.device)
     if valid is None:
         zero = torch.zeros((b, s), dtype=torch.int32, device=like.device)
         return torch.stack((zero, zero + keys), dim=-1)

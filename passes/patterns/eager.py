@@ -36,7 +36,7 @@ from clsa_compile.passes.patterns.pattern import (
     sole_user,
 )
 from clsa_compile.passes.patterns.product import SUM, Product, product
-from clsa_compile.passes.recover import is_lowest
+from clsa_compile.passes.recover import Forbids, is_lowest
 
 aten = torch.ops.aten
 
@@ -55,7 +55,7 @@ class Scores:
     index: tuple[Any, ...]
     scale: float = 1.0
     softcap: float = 0.0
-    masks: list[Node] = field(default_factory=list)
+    masks: list[Node | Forbids] = field(default_factory=list)
     sinks: Part | None = None
 
 
@@ -260,7 +260,7 @@ def _sink_parts(node: Node) -> tuple[Node, Node] | None:
 
 def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any]) -> Scores:
     index = role_index(roles, sizes)
-    masks: list[Node] = []
+    masks: list[Node | Forbids] = []
     scale, softcap, sinks = 1.0, 0.0, None
     stage = 0  # 0 masks, 1 softcap, 2 scale: a mask further in than the scale would be scaled too
     x = _less_maximum(node)
@@ -322,7 +322,7 @@ def _only_used_for_maximum(x: Node, difference: Node) -> None:
     )
 
 
-def read_mask(node: Node) -> tuple[Node, Node] | None:
+def read_mask(node: Node) -> tuple[Node, Node | Forbids] | None:
     """Reads `scores + mask`, `where(mask, scores, lowest)`: returns scores and mask."""
     if node.target in (aten.add.Tensor, aten.add_.Tensor):
         if argument(node, 2, "alpha", 1) != 1:
@@ -346,10 +346,7 @@ def read_mask(node: Node) -> tuple[Node, Node] | None:
         value = constant(other)
         if value is None or not is_lowest(value) or not isinstance(condition, Node):
             return None
-        negated = condition
-        if negated.target in (aten.bitwise_not.default, aten.logical_not.default):
-            kept = negated.args[0]
-            return (x, kept)
+        return (x, Forbids(condition))
     return None
 
 

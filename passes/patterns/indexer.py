@@ -32,7 +32,7 @@ from clsa_compile.passes.patterns.pattern import (
     sole_user,
 )
 from clsa_compile.passes.patterns.product import SUM, Product, product
-from clsa_compile.passes.recover import Recovered, Selection, top_indices
+from clsa_compile.passes.recover import Forbids, Recovered, Selection, top_indices
 
 aten = torch.ops.aten
 
@@ -52,7 +52,7 @@ class Reading:
     weight: Part | None
     reduce: str
     heads: Any
-    masks: list[Node] = field(default_factory=list)
+    masks: list[Node | Forbids] = field(default_factory=list)
 
 
 def read_indexer(context: Context, selection: Selection, attention: Recovered) -> IndexerSite:
@@ -193,7 +193,7 @@ def _check_index_users(node: Node) -> None:
 
 def _walk(scores: Node, sizes: dict[Any, Any]) -> Reading:
     index = role_index(_ROLES, sizes)
-    masks: list[Node] = []
+    masks: list[Node | Forbids] = []
     x = scores
     for _ in range(24):
         sole_user(x)

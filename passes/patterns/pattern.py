@@ -22,7 +22,7 @@ from clsa_compile.ir.sites import (
 from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.indexing import View, argument, chain, dim, is_cast, same, shape
 from clsa_compile.passes.patterns.product import SUM
-from clsa_compile.passes.recover import Reader, Recovered, Selection, as_operand
+from clsa_compile.passes.recover import Forbids, Reader, Recovered, Selection, as_operand
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ class Candidate:
     v: Part
     sizes: dict[Any, Any]
     scale: float
-    masks: list[Node]
+    masks: list[Node | Forbids]
     roles: tuple[int | None, ...]
     softcap: float = 0.0
     sinks: Part | None = None
@@ -120,9 +120,13 @@ def kv_operand(
     `row` is the symbol of the last role: c for K, e for V.
     """
     heads = candidate.sizes[H_]
+    sizes = dict(candidate.sizes)
+    if KV_ in part.index:
+        # Its own length: the product makes it that of the scores, whatever symbol it has.
+        sizes[KV_] = shape(part.node)[part.index.index(KV_)]
     best: tuple[Operand, Any, View] | None = None
-    for view in chain(part.node, part.index, candidate.sizes):
-        found = _as_kv(view, row, candidate.sizes)
+    for view in chain(part.node, part.index, sizes):
+        found = _as_kv(view, row, sizes)
         if found is not None:
             best = (*found, view)
     if best is None:
@@ -316,6 +320,8 @@ def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
         f"{len(candidate.masks)} masks that cannot be read as one",
     )
     mask = candidate.masks[0]
+    if isinstance(mask, Forbids):
+        raise Refused(Reason.MASK, f"the mask {mask.node.name} cannot be read")
     value = mask.meta["val"]
     refuse_unless(
         value.dtype == torch.bool or value.dtype.is_floating_point,
@@ -333,9 +339,10 @@ def _as_tensor(context: Context, candidate: Candidate) -> MaskSpec:
     return _with_causal(spec, candidate)
 
 
-def _reads_topk(masks: Sequence[Node]) -> bool:
+def _reads_topk(masks: Sequence[Node | Forbids]) -> bool:
     """Tells whether a top-k's indices reach a mask within a short walk."""
-    seen, frontier = set(masks), list(masks)
+    frontier = [m.node if isinstance(m, Forbids) else m for m in masks]
+    seen = set(frontier)
     for _ in range(64):
         if not frontier:
             return False

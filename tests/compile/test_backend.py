@@ -1,0 +1,515 @@
+"""The backend: what it leaves alone and says so, what it compiles, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+import clsa_compile.backend
+from clsa_compile import ClsaWarning, OptionError, StrictError
+from clsa_compile.backend import clsa
+from clsa_compile.errors import CaptureError, PassError, VerifyError
+from clsa_compile.ir.sites import Reason
+from clsa_compile.passes import pipeline
+from clsa_compile.testing import generate_steps, largest_difference, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+B, S, WIDTH, HEADS, KV_HEADS = 2, 6, 32, 4, 2
+
+
+class Attention(nn.Module):
+    """One causal attention with grouped heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        head = WIDTH // HEADS
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, head * KV_HEADS), nn.Linear(WIDTH, head * KV_HEADS)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        head = WIDTH // HEADS
+        q, k, v = (
+            p(x).view(*x.shape[:2], -1, head).transpose(1, 2) for p in (self.q, self.k, self.v)
+        )
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Runs what would go to Inductor as it is; returns the graphs that went there."""
+    graphs: list[Any] = []
+
+    def run(gm: Any, inputs: Sequence[Any], options: Any) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(clsa_compile.backend, "_inductor", run)
+    return graphs
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend=clsa, options=options or None)
+
+
+def names(gm: Any) -> list[str]:
+    return [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def caught(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Returns a call's result and the messages of clsa's warnings."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [str(w.message) for w in seen if issubclass(w.category, ClsaWarning)]
+
+
+def equal(model: Any, *args: Any, **options: Any) -> list[str]:
+    """Compares a compiled call under no_grad with eager, and returns clsa's warnings."""
+    with torch.no_grad():
+        expected = model(*args)
+        actual, messages = caught(lambda: compiled(model, **options)(*args))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    return messages
+
+
+# -- what is compiled ------------------------------------------------------------------------------
+
+
+def test_an_attention_is_compiled_and_counted(without_inductor: list[Any]) -> None:
+    messages = equal(Attention(), torch.randn(B, S, WIDTH))
+    assert messages == []
+    assert dict(counters["clsa"]) == {
+        "sites": 1, "left": 0, "attention": 1, "sparse_attention": 0, "index_topk": 0,
+    }  # fmt: skip
+    (graph,) = without_inductor
+    assert not any("clsa" in n or "scaled_dot_product" in n for n in names(graph))
+
+
+def test_a_graph_without_attention_goes_to_inductor_as_it_came(
+    without_inductor: list[Any],
+) -> None:
+    messages = equal(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4))
+    assert messages == []
+    (graph,) = without_inductor
+    assert not any("aten" in n for n in names(graph)), "the graph is Dynamo's own"
+
+
+class Int8Linear(nn.Module):
+    """A weight-only quantised linear layer, dequantised in forward."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+class Lora(nn.Module):
+    """A linear layer with a low-rank adapter beside it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.base = linear
+        self.a = nn.Parameter(torch.randn(4, linear.in_features) * 0.1)
+        self.b = nn.Parameter(torch.randn(linear.out_features, 4) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a), self.b) * 2.0
+
+
+@pytest.mark.parametrize("layer", [Int8Linear, Lora])
+def test_quantised_weights_and_adapters_are_rewritten(
+    layer: Any, without_inductor: list[Any]
+) -> None:
+    model = Attention()
+    for name in ("q", "k", "v", "o"):
+        setattr(model, name, layer(getattr(model, name)))
+    assert equal(model, torch.randn(B, S, WIDTH)) == []
+    assert counters["clsa"]["attention"] == 1
+
+
+def test_every_way_of_asking_for_the_backend(without_inductor: list[Any]) -> None:
+    x = torch.randn(B, S, WIDTH)
+    expected = Attention()(x)
+
+    def check(call: Callable[..., Any]) -> None:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.testing.assert_close(call(x), expected, atol=1e-5, rtol=1e-5)
+        assert counters["clsa"]["attention"] == 1
+
+    with torch.no_grad():
+        check(torch.compile(Attention(), backend=clsa, fullgraph=True))
+        check(torch.compile(Attention(), backend=clsa, dynamic=True))
+        check(torch.compile(Attention(), backend=clsa, dynamic=False))
+        check(torch.compile(Attention(), backend=clsa, mode="reduce-overhead"))
+        check(torch.compile(Attention(), backend=clsa, options={"mode": "max-autotune"}))
+        model = Attention()
+        model.compile(backend=clsa)
+        check(model)
+    with torch.inference_mode():
+        check(torch.compile(Attention(), backend=clsa))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_inductor_compiles_what_was_rewritten(mode: str) -> None:
+    model, x = Attention(), torch.randn(B, S, WIDTH)
+    with getattr(torch, mode)():
+        expected = model(x)
+        actual = torch.compile(model, backend=clsa, dynamic=mode == "no_grad")(x)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert counters["clsa"]["attention"] == 1
+    assert counters["inductor"]["pattern_matcher_count"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"), [("llama", "dynamic"), ("llama", "static"), ("glm_moe_dsa", "dynamic")]
+)
+def test_no_more_graphs_than_with_another_backend_over_fifty_steps(
+    name: str, cache: str, passes: Any
+) -> None:
+    model = tiny(name)
+    plain: list[Any] = []
+
+    def untouched(gm: Any, inputs: Any) -> Any:
+        # Adds no guards at all: Inductor's graphs are at least as many.
+        plain.append(gm)
+        return gm.forward
+
+    runs = []
+    for backend in (untouched, passes):
+        torch._dynamo.reset()
+        run = torch.compile(model, backend=backend)
+        runs.append(generate_steps(run, model.config, cache=cache, steps=50, length=64))
+    assert largest_difference(*runs) < 1e-4
+    assert len(passes.plans) <= len(plain)
+
+
+# -- what is left alone as a whole -----------------------------------------------------------------
+
+
+def test_training_is_left_alone_with_one_warning_and_right_gradients() -> None:
+    model, x = Attention().eval(), torch.randn(B, S, WIDTH)
+    model(x).square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    run = compiled(model)
+    out, messages = caught(lambda: [run(x), run(x[:, :4])][0])
+    out.square().sum().backward()
+    assert set(expected) == {n for n, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4)
+    (message,) = messages
+    assert "training" in message
+    assert "torch.no_grad()" in message, "the message names the way out"
+    assert counters["clsa"]["left_graphs_training"] >= 1
+    assert counters["clsa"]["sites"] == 0
+
+
+def test_a_model_without_gradients_needs_no_no_grad(without_inductor: list[Any]) -> None:
+    model = Attention().requires_grad_(False)
+    _, messages = caught(lambda: compiled(model)(torch.randn(B, S, WIDTH)))
+    assert messages == []
+    assert counters["clsa"]["attention"] == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_is_left_alone(inside: bool, without_inductor: list[Any]) -> None:
+    model, x = Attention(), torch.randn(B, S, WIDTH)
+
+    def call(y: Tensor) -> Tensor:
+        if not inside:
+            return model(y)  # type: ignore[no-any-return]
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(y)  # type: ignore[no-any-return]
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        expected = call(x)
+        actual, (message,) = caught(lambda: compiled(call)(x))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected)
+    assert "autocast" in message
+    assert counters["clsa"]["left_graphs_autocast"] == 1
+
+
+def test_tensor_subclasses_are_left_alone(without_inductor: list[Any]) -> None:
+    model = Attention()
+    x = torch.randn(B, S, WIDTH)
+    two = TwoTensor(x, x + 1)
+    with torch.no_grad():
+        expected = model(two)
+        actual, (message,) = caught(lambda: compiled(model)(two))
+    torch.testing.assert_close(actual.a, expected.a, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual.b, expected.b, atol=1e-5, rtol=1e-5)
+    assert "subclass" in message
+    assert "TwoTensor" in message
+
+
+@pytest.mark.parametrize("left", ["training", "autocast", "subclass"])
+def test_strict_turns_what_is_left_alone_into_an_error(left: str) -> None:
+    model, x = Attention(), torch.randn(B, S, WIDTH)
+    run = compiled(model, strict=True)
+    with pytest.raises((StrictError, BackendCompilerFailed), match=left):
+        if left == "training":
+            run(x)
+        elif left == "autocast":
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                run(x)
+        else:
+            with torch.no_grad():
+                run(TwoTensor(x, x))
+
+
+# -- attention that is left, in a graph that is compiled ---------------------------------------------
+
+
+def two_users(x: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (x @ x.mT).softmax(-1)
+    return weights @ x, weights
+
+
+def test_an_attention_that_is_left_is_reported_once(without_inductor: list[Any]) -> None:
+    x = torch.randn(B, HEADS, S, 8)
+    messages = equal(two_users, x)
+    (message,) = messages
+    assert "left 1 of 1 attentions" in message
+    assert "users" in message
+    assert counters["clsa"]["left"] == 1
+    torch._dynamo.reset()
+    assert equal(two_users, x) == [], "once is enough"
+    torch._dynamo.reset()
+    with pytest.raises((StrictError, BackendCompilerFailed), match="users"):
+        compiled(two_users, strict=True)(x)
+
+
+def test_one_left_attention_does_not_keep_the_others(without_inductor: list[Any]) -> None:
+    def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (*two_users(x), F.scaled_dot_product_attention(x, x, x))
+
+    assert len(equal(both, torch.randn(B, HEADS, S, 8))) == 1
+    assert counters["clsa"]["attention"] == 1
+    assert counters["clsa"]["left"] == 1
+
+
+# -- higher-order operators --------------------------------------------------------------------------
+
+
+def _checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = checkpoint(F.scaled_dot_product_attention, q, k, v, use_reentrant=False)
+    return out
+
+
+def _inside_cond(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = torch.cond(
+        q.sum() > 0,
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 2,
+        (q, k, v),
+    )
+    return out
+
+
+def _beside_cond(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    x = torch.cond(q.sum() > 0, lambda a: a + 1, lambda a: a - 1, (q,))
+    return F.scaled_dot_product_attention(x, k, v)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out: Tensor = flex_attention(q, k, v)  # type: ignore[assignment]
+    return out
+
+
+@pytest.mark.parametrize("fn", [_checkpointed, _inside_cond, _flex])
+def test_attention_behind_a_higher_order_op_is_left_with_a_reason(
+    fn: Any, without_inductor: list[Any]
+) -> None:
+    torch.manual_seed(0)
+    (message,) = equal(fn, *(torch.randn(B, HEADS, 16, 16) for _ in range(3)))
+    assert "left" in message
+    assert Reason.HIGHER_ORDER in message or fn is _checkpointed and Reason.CAPTURE in message
+    assert counters["clsa"]["attention"] == 0
+    (graph,) = without_inductor
+    assert not any("aten" in n for n in names(graph)), "the graph is Dynamo's own"
+
+
+def test_attention_beside_a_higher_order_op_is_taken(without_inductor: list[Any]) -> None:
+    messages = equal(_beside_cond, *(torch.randn(B, HEADS, 16, 16) for _ in range(3)))
+    assert counters["clsa"]["attention"] == 1, messages
+
+
+# -- failures in the middle --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["canonicalize", "match", "plan", "rewrite", "lower"])
+def test_a_pass_that_fails_names_itself_and_inductor_takes_over(
+    name: str, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(pipeline, name, broken)
+    x = torch.randn(B, S, WIDTH)
+    (message,) = equal(Attention(), x)
+    assert f"the pass {name!r} failed" in message
+    assert "ZeroDivisionError: boom" in message
+    (graph,) = without_inductor
+    assert any("scaled_dot_product_attention" in n for n in names(graph)), "the original"
+    assert counters["clsa"]["attention"] == 0
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises((PassError, BackendCompilerFailed), match="boom"):
+        compiled(Attention(), strict=True)(x)
+
+
+@pytest.mark.parametrize("error", [VerifyError("broken rule"), CaptureError("cannot be traced")])
+def test_errors_raised_on_purpose_keep_their_words(
+    error: Exception, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(clsa_compile.backend, "decide", broken)
+    (message,) = equal(Attention(), torch.randn(B, S, WIDTH))
+    assert str(error) in message
+    assert Reason.CAPTURE in message
+
+
+def test_a_tracing_failure_is_a_capture_error(
+    without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ValueError("no tracing today")
+
+    monkeypatch.setattr("clsa_compile.capture.dynamo.make_fx", broken)
+    (message,) = equal(Attention(), torch.randn(B, S, WIDTH))
+    assert "could not be traced: ValueError: no tracing today" in message
+
+
+# -- options -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"strickt": True}, {"share": 4}, {"topk": 2048}])
+def test_impossible_options_are_errors_even_where_everything_would_be_left(options: Any) -> None:
+    run = torch.compile(Attention(), backend=clsa, options=options)
+    with pytest.raises((OptionError, BackendCompilerFailed), match=next(iter(options))):
+        run(torch.randn(B, S, WIDTH))
+
+
+def test_a_dump_holds_every_stage(tmp_path: Path, without_inductor: list[Any]) -> None:
+    equal(Attention(), torch.randn(B, S, WIDTH), dump=str(tmp_path / "dumps"))
+    (folder,) = (tmp_path / "dumps").iterdir()
+    assert [p.name for p in sorted(folder.iterdir())] == [
+        "0_captured.py", "1_plan.json", "2_rewritten.py", "3_lowered.py", "4_choices.json",
+    ]  # fmt: skip
+    assert "scaled_dot_product_attention" in (folder / "0_captured.py").read_text()
+    assert "clsa.attention" in (folder / "2_rewritten.py").read_text()
+    assert "clsa" not in (folder / "3_lowered.py").read_text()
+    assert json.loads((folder / "1_plan.json").read_text())["sites"][0]["action"] == "attention"
+
+
+def test_a_dump_that_cannot_be_written_is_an_error(
+    tmp_path: Path, without_inductor: list[Any]
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = compiled(Attention(), dump=str(tmp_path / "file" / "inner"))
+    with torch.no_grad(), pytest.raises((OptionError, BackendCompilerFailed), match="dump"):
+        run(torch.randn(B, S, WIDTH))
+
+
+def test_options_for_inductor_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
+        seen.append((config_patches, torch.compiler.config.cache_key_tag))
+        return gm.forward
+
+    monkeypatch.setattr(clsa_compile.backend, "compile_fx", compile_fx)
+    x = torch.randn(B, S, WIDTH)
+    with torch.no_grad():
+        compiled(Attention())(x)
+        torch._dynamo.reset()
+        compiled(Attention(), inductor={"max_autotune": True}, mode="reduce-overhead")(x)
+    (plain, first), (patched, second) = seen
+    assert not plain
+    assert patched["max_autotune"] is True
+    assert patched["triton.cudagraphs"] is True
+    assert first.startswith("clsa:")
+    assert first != second, "other options, another key"
+    assert torch.compiler.config.cache_key_tag == ""
+
+
+# -- caches --------------------------------------------------------------------------------------------
+
+SCRIPT = """
+    import json, sys, warnings
+    warnings.filterwarnings("ignore")
+    import torch, torch.nn.functional as F
+    from torch._dynamo.utils import counters
+    from clsa_compile.backend import clsa
+    options = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 8)
+    with torch.no_grad():
+        torch.compile(
+            lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+            backend=clsa, options=options or None,
+        )(x)
+    print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxgraph_cache_miss")}
+                     | {k: counters["aot_autograd"][k] for k in ("autograd_cache_hit", "autograd_cache_miss")}))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_the_graph_and_other_options_do_not(tmp_path: Path) -> None:
+    def run(options: dict[str, Any]) -> dict[str, int]:
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(SCRIPT), json.dumps(options)],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
+
+    def hits(counts: dict[str, int]) -> int:
+        return counts["fxgraph_cache_hit"] + counts["autograd_cache_hit"]
+
+    first, second = run({}), run({})
+    assert hits(first) == 0
+    assert hits(second) >= 1, second
+    for options in (
+        {"strict": True},
+        {"inductor": {"max_autotune": False}},
+        {"mode": "max-autotune-no-cudagraphs"},
+    ):
+        assert hits(run(options)) == 0, options

@@ -1,0 +1,139 @@
+"""Options: every mistake is an error that names the key, the value and what is accepted."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clsa_compile.config import MODES, Options
+from clsa_compile.errors import ClsaError, OptionError
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CLSA_DUMP", "CLSA_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_no_options_are_the_defaults() -> None:
+    assert Options.read(None) == Options.read({}) == Options()
+    assert Options() == Options(share="off", strict=False, dump=None, inductor={}, mode="default")
+
+
+def test_what_is_given_is_kept() -> None:
+    given: dict[str, Any] = {
+        "share": "off", "strict": True, "dump": "folder", "inductor": {"a": 1}, "mode": MODES[1],
+    }  # fmt: skip
+    options = Options.read(given)
+    assert {k: getattr(options, k) for k in given} == given
+    assert Options.read({"dump": Path("folder")}).dump == Path("folder")
+
+
+def test_options_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Options().strict = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("strickt", "strict"), ("Mode", "mode"), ("shares", "share"), ("dumps", "dump"),
+     ("inductors", "inductor")],
+)  # fmt: skip
+def test_a_misspelt_key_names_the_one_that_was_meant(key: str, near: str) -> None:
+    with pytest.raises(OptionError, match=f"unknown option '{key}'; did you mean '{near}'"):
+        Options.read({key: True})
+
+
+def test_an_unknown_key_lists_the_known_ones_and_where_inductors_go() -> None:
+    with pytest.raises(OptionError) as error:
+        Options.read({"max_autotune": True})
+    message = str(error.value)
+    assert "unknown option 'max_autotune'" in message
+    assert "did you mean" not in message
+    assert "Known options: share, strict, dump, inductor, mode." in message
+    assert "options={'inductor': {...}}" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill", "reclaim"]
+)
+def test_what_comes_later_is_an_error_and_no_silent_nothing(key: str) -> None:
+    with pytest.raises(OptionError, match=f"'{key}' is not available in this version"):
+        Options.read({key: 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({"share": 4}, "'off'"),
+        ({"share": "plan.json"}, "'off'"),
+        ({"share": None}, "'off'"),
+        ({"strict": 1}, "True or False"),
+        ({"strict": "yes"}, "True or False"),
+        ({"strict": None}, "True or False"),
+        ({"dump": 3}, "a folder's path"),
+        ({"dump": True}, "a folder's path"),
+        ({"inductor": None}, "a dict of Inductor's options"),
+        ({"inductor": ["max_autotune"]}, "a dict of Inductor's options"),
+        ({"inductor": {1: True}}, "a dict of Inductor's options"),
+        ({"mode": "fast"}, "one of default, reduce-overhead"),
+        ({"mode": ["default"]}, "one of default, reduce-overhead"),
+        ({"mode": None}, "one of default, reduce-overhead"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_accepted(options: Any, accepted: str) -> None:
+    ((key, value),) = options.items()
+    with pytest.raises(OptionError) as error:
+        Options.read(options)
+    message = str(error.value)
+    assert f"the option {key!r} is {value!r}" in message
+    assert accepted in message
+
+
+def test_a_mode_given_twice_must_be_the_same() -> None:
+    assert Options.read({"mode": "max-autotune"}, mode="max-autotune").mode == "max-autotune"
+    assert Options.read({}, mode="reduce-overhead").mode == "reduce-overhead"
+    with pytest.raises(OptionError, match="contradict") as error:
+        Options.read({"mode": "max-autotune"}, mode="reduce-overhead")
+    assert "max-autotune" in str(error.value)
+    assert "reduce-overhead" in str(error.value)
+
+
+def test_option_errors_can_be_caught_as_value_errors_and_as_clsa_errors() -> None:
+    for kind in (ValueError, ClsaError):
+        with pytest.raises(kind):
+            Options.read({"nothing": 1})
+
+
+@pytest.mark.parametrize(("text", "strict"), [("1", True), ("yes", True), ("0", False), ("", False)])
+def test_the_environment_sets_strict(
+    text: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLSA_STRICT", text)
+    assert Options.read().strict is strict
+    assert Options.read({"strict": not strict}).strict is not strict, "what is given wins"
+
+
+def test_the_environment_sets_the_dump_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLSA_DUMP", "elsewhere")
+    assert Options.read().dump == "elsewhere"
+    assert Options.read({"dump": "here"}).dump == "here"
+
+
+def test_identities_differ_where_the_result_may() -> None:
+    variants = [
+        Options(),
+        Options(strict=True),
+        Options(mode="reduce-overhead"),
+        Options(inductor={"a": 1}),
+        Options(inductor={"a": 2}),
+        Options(inductor={"b": 1}),
+        Options(inductor={"a": "1"}),
+        Options(inductor={"a": 1, "b": 1}),
+    ]
+    assert len({v.identity() for v in variants}) == len(variants)
+    assert Options(inductor={"a": 1, "b": 2}).identity() == Options(inductor={"b": 2, "a": 1}).identity()
+    assert Options(dump="x").identity() == Options().identity(), "a dump changes no result"
