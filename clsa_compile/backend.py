@@ -15,10 +15,10 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from clsa_compile.capture.dynamo import capture, subclass_input, uses_autocast
+from clsa_compile.capture.dynamo import capture, higher_order, subclass_input, uses_autocast
 from clsa_compile.config import Options
 from clsa_compile.dump import Dump
-from clsa_compile.errors import ClsaError, MissingTritonError, StrictError
+from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.sites import Reason
@@ -53,12 +53,12 @@ def clsa(
         return _inductor_alone(gm, example_inputs, chosen, *left)
     try:
         module = transform(gm, chosen)
-    except StrictError:
+    except (StrictError, OptionError, MissingTritonError):
         raise
     except ClsaError as error:
         if chosen.strict:
             raise
-        return _inductor_alone(gm, example_inputs, chosen, Reason.CAPTURE, str(error))
+        return _inductor_alone(gm, example_inputs, chosen, _why(gm), str(error))
     return _inductor(module, example_inputs, chosen)
 
 
@@ -72,7 +72,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     except ClsaError as error:
         if options.strict:
             raise
-        return f"{Reason.CAPTURE}: {error}"
+        return f"{_why(gm)}: {error}"
     _report_left(plan, options)
     return plan
 
@@ -132,10 +132,18 @@ def _left_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Reason,
             Reason.AUTOCAST,
             "autocast is on; cast the model (model.to(torch.bfloat16)) to have it compiled by clsa",
         )
+    name = higher_order(gm)
+    if name is not None and "flex_attention" in name:
+        return Reason.HIGHER_ORDER, f"{name} is Inductor's own"
     subclass = subclass_input(gm)
     if subclass is not None:
         return Reason.SUBCLASS, f"the input {subclass}, a tensor subclass"
     return None
+
+
+def _why(gm: GraphModule) -> Reason:
+    """Returns what a graph that could not be transformed is left for."""
+    return Reason.CAPTURE if higher_order(gm) is None else Reason.HIGHER_ORDER
 
 
 def _inductor_alone(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from clsa_compile.backend import examine
@@ -137,12 +138,16 @@ def _imagined(value: Any) -> Any:
     return int(value) if isinstance(value, torch.SymInt) else value
 
 
-class _SameTensors(TorchFunctionMode):
-    """Makes copy.deepcopy keep tensors as they are."""
+class _CopyTensors(TorchFunctionMode):
+    """Makes copy.deepcopy treat tensors with a function of its own."""
+
+    def __init__(self, treat: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._treat = treat
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:
-            return args[0]
+            return self._treat(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -154,11 +159,41 @@ def _capture(backend: Any, fullgraph: bool, model: Any, args: Any, kwargs: Any) 
     fresh = types.FunctionType(
         call.__code__.replace(co_name="inspected"), globals(), "inspected", None, call.__closure__
     )
+    model, treat = _off_meta(model)
     # Objects such as caches are copied, their tensors are not: what Python does to them is undone.
-    with _SameTensors():
+    with _CopyTensors(treat):
         args, kwargs = copy.deepcopy((args, kwargs))
     with torch.no_grad():
         torch.compile(fresh, backend=backend, fullgraph=fullgraph)(*args, **kwargs)
+
+
+def _off_meta(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
+    """Returns a model with fake weights on the CPU in place of meta ones, and what does that to a tensor.
+
+    Tensors that a model makes on the meta device while it is captured, as a growing cache does, are refused
+    by Dynamo; on a fake CPU they are not.
+    """
+    if not isinstance(model, torch.nn.Module) or not any(p.is_meta for p in model.parameters()):
+        return model, lambda x: x
+    mode = FakeTensorMode()
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(x: torch.Tensor) -> torch.Tensor:
+        if not x.is_meta:
+            return x
+        if id(x) not in made:
+            with mode:
+                made[id(x)] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+        return made[id(x)]
+
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(fake(parameter), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else fake(buffer)
+    return copied, fake
 
 
 def _render(plan: Plan) -> str:

@@ -149,7 +149,8 @@ def generate_steps(
 
 def largest_difference(a: Transcript, b: Transcript) -> float:
     """Returns the largest absolute difference of logits over all steps."""
-    return max((x.double() - y.double()).abs().max().item() for x, y in zip(a.logits, b.logits, strict=True))
+    steps = [(x.double() - y.double()).abs().max() for x, y in zip(a.logits, b.logits, strict=True)]
+    return torch.stack(steps).max().nan_to_num(nan=torch.inf).item()
 
 
 def cache_difference(a: Any, b: Any, valid: Tensor) -> float:
@@ -157,10 +158,11 @@ def cache_difference(a: Any, b: Any, valid: Tensor) -> float:
 
     `valid` is boolean [B, T]; layers whose cache is shorter (a ring buffer) are compared whole.
     """
-    worst = 0.0
+    worst = []
     for one, two in zip(a.layers, b.layers, strict=True):
         for x, y in ((one.keys, two.keys), (one.values, two.values)):
-            slots = valid[:, None, : x.shape[2], None] if valid.shape[1] >= x.shape[2] else None
             difference = (x.double() - y.double()).abs()
-            worst = max(worst, (difference * slots if slots is not None else difference).max().item())
-    return worst
+            if valid.shape[1] >= x.shape[2]:
+                difference = torch.where(valid[:, None, : x.shape[2], None], difference, 0.0)
+            worst.append(difference.max())
+    return torch.stack(worst).max().nan_to_num(nan=torch.inf).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", "se
 class Emitter:
     """Adds nodes to a graph at its insertion point, on behalf of the node that they replace."""
 
-    def __init__(self, captured: Captured, origin: Node) -> None:
+    def __init__(self, captured: Captured, origin: Node, replaced: Mapping[Node, Node] | None = None) -> None:
         self._captured = captured
+        self._replaced = replaced or {}
         self._meta = {key: origin.meta[key] for key in _ORIGIN if key in origin.meta}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -32,9 +34,13 @@ class Emitter:
             node.meta.update(self._meta, val=target(*values[0], **values[1]))
         return node
 
+    def current(self, node: Node) -> Node:
+        """Returns what stands for a node now, where it has been replaced already."""
+        return self._replaced.get(node, node)
+
     def operand(self, operand: Operand) -> Node:
         """Adds what turns an operand's root into the wanted order of dimensions."""
-        node = operand.root
+        node = self.current(operand.root)
         present = [d for d in operand.dims if d is not None]
         if present != sorted(present):
             node = self.call(aten.permute.default, node, present)

@@ -56,7 +56,8 @@ def describe_mask(mask: MaskSpec) -> str:
         text = text.replace(f"in{slot}(", f"{node.name}(")
     if mask.tensor is None:
         return text or "none"
-    dtype = str(mask.tensor.root.meta["val"].dtype).removeprefix("torch.")
+    negation = "not " if mask.forbids else ""
+    dtype = negation + str(mask.tensor.root.meta["val"].dtype).removeprefix("torch.")
     return " & ".join(p for p in (text, f"{dtype} tensor {mask.tensor.root.name}") if p)
 
 

@@ -68,6 +68,8 @@ def divide(e: Any, by: Any, sizes: dict[Any, Any]) -> Any:
     """Returns floordiv(e, by), simplified where the sizes of the dimensions allow it."""
     if by == 1:
         return e
+    if _are_integers(e, by):
+        return sympy.Integer(int(e) // int(by))
     if not sympy.sympify(by).is_positive:
         return floordiv(e, by)
     quotient, rest = _split(e, by)
@@ -82,12 +84,18 @@ def remainder(e: Any, by: Any, sizes: dict[Any, Any]) -> Any:
     """Returns mod(e, by), simplified where the sizes of the dimensions allow it."""
     if by == 1:
         return sympy.S.Zero
+    if _are_integers(e, by):
+        return sympy.Integer(int(e) % int(by))
     if not sympy.sympify(by).is_positive:
         return mod(e, by)
     _, rest = _split(e, by)
     if rest == 0 or _below(rest, by, sizes):
         return rest
     return mod(rest, by)
+
+
+def _are_integers(e: Any, by: Any) -> bool:
+    return bool(sympy.sympify(e).is_Integer and sympy.sympify(by).is_Integer and by != 0)
 
 
 def _split(e: Any, by: Any) -> tuple[Any, Any]:

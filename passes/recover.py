@@ -296,10 +296,10 @@ class Reader:
         return self._finish(sympy.And(*allowed), biases)
 
     def _finish(self, allowed: Any, biases: list[Any]) -> Recovered | None:
-        selection, tensor, kept = None, None, []
+        selection, tensor, kept, forbids = None, None, [], False
         for part in conjuncts(allowed):
             name = _single_load(part)
-            if name is not None and name.startswith("sel"):
+            if name is not None and name.startswith("sel") and isinstance(part, sympy.Ne):
                 if selection is not None:
                     return None
                 selection = self.leaves.selections[int(name[3:])]
@@ -312,6 +312,7 @@ class Reader:
                 if tensor is not None:
                     return None
                 tensor = self._tensor(part)
+                forbids = isinstance(part, sympy.Eq)
                 if tensor is None:
                     return None
                 continue
@@ -338,7 +339,7 @@ class Reader:
         for load in predicate.atoms(sympy.core.function.AppliedUndef):
             if load.func.__name__ in table:
                 predicate = predicate.subs(load, table[load.func.__name__](*load.args))
-        return Recovered(MaskSpec(predicate, tuple(inputs), tensor), selection)
+        return Recovered(MaskSpec(predicate, tuple(inputs), tensor, forbids), selection)
 
     def _tensor(self, part: Any) -> Operand | None:
         """Returns a materialised mask's load as an operand [B, H, S, T]."""
@@ -346,6 +347,9 @@ class Reader:
             f for f in part.atoms(sympy.core.function.AppliedUndef) if f.func.__name__.startswith("leaf")
         )
         node = self.leaves.nodes[int(load.func.__name__[4:])]
+        is_condition = isinstance(part, sympy.Ne | sympy.Eq)
+        if is_condition != (node.meta["val"].dtype == torch.bool):
+            return None  # an integer mask is neither a condition nor a bias
         return as_operand(node, load.args, INDEX_SYMBOLS)
 
 
@@ -398,8 +402,8 @@ def _substitution(table: dict[Any, Any]) -> Callable[[Any], Any]:
 
 
 def _single_load(part: Any) -> str | None:
-    """Returns the name of the load f when a condition is exactly `f(...) != 0`."""
-    if not isinstance(part, sympy.Ne) or part.args[1] != 0:
+    """Returns the name of the load f when a condition is exactly `f(...) != 0` or `f(...) == 0`."""
+    if not isinstance(part, sympy.Ne | sympy.Eq) or part.args[1] != 0:
         return None
     left = part.args[0]
     if not isinstance(left, sympy.core.function.AppliedUndef) or left.func in (floordiv, mod):

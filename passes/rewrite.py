@@ -39,10 +39,11 @@ class _Rewriter:
         self._captured = captured
         self._indices: dict[Node, Node] = {}
         self._bounds: dict[Any, Node] = {}
+        self._replaced: dict[Node, Node] = {}
 
     def replace(self, site: AttentionSite) -> None:
         """Puts a contract op where the site's output was computed."""
-        emit = Emitter(self._captured, site.out)
+        emit = Emitter(self._captured, site.out, self._replaced)
         indices = None if site.indexer is None else self._index(site.indexer)
         with self._captured.graph.inserting_before(site.out):
             q, k, v = (emit.operand(o) for o in (site.q, site.k, site.v))
@@ -61,11 +62,12 @@ class _Rewriter:
                 result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *tail)
             result = emit.like(_arrange(emit, result, site.out_roles), site.out)
         site.out.replace_all_uses_with(result)
+        self._replaced[site.out] = result
         self._captured.graph.erase_node(site.out)
 
     def _index(self, indexer: IndexerSite) -> Node:
         if indexer.topk_node not in self._indices:
-            emit = Emitter(self._captured, indexer.topk_node)
+            emit = Emitter(self._captured, indexer.topk_node, self._replaced)
             with self._captured.graph.inserting_before(indexer.topk_node):
                 q, k = emit.operand(indexer.q), emit.operand(indexer.k)
                 self._indices[indexer.topk_node] = emit.call(
@@ -88,7 +90,9 @@ class _Rewriter:
     ) -> tuple[Node | None, Node | None, list[Node]]:
         """Returns (mask, bounds, mask_inputs) for a contract op."""
         tensor = None if mask.tensor is None else emit.operand(mask.tensor)
-        inputs = list(mask.inputs)
+        if mask.forbids:
+            tensor = emit.call(aten.bitwise_not.default, tensor)
+        inputs = [emit.current(node) for node in mask.inputs]
         # Bounds are a hint to kernels; the CPU's reference does not read them.
         if mask.is_open or q.meta["val"].device.type == "cpu":
             return tensor, None, inputs

@@ -40,6 +40,14 @@ def uses_autocast(module: GraphModule) -> bool:
     return inside or any(torch.is_autocast_enabled(d) for d in ("cpu", "cuda"))
 
 
+def higher_order(module: GraphModule) -> str | None:
+    """Returns the name of a higher-order op in a graph that tracing once more may not carry, if any."""
+    for node in module.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return str(node.target.name())
+    return None
+
+
 def capture(module: GraphModule) -> Captured:
     """Returns Dynamo's graph in the dialect that passes read; the original is not touched.
 
@@ -56,10 +64,11 @@ def capture(module: GraphModule) -> Captured:
                 pre_dispatch=True,
                 tracing_mode="real",
             )(*values)
+        _carry_over(module, traced)
+        _spell_out_constants(traced, fake_mode)
     except Exception as error:
-        raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {error}") from error
-    _carry_over(module, traced)
-    _spell_out_constants(traced, fake_mode)
+        reason = str(error).partition("\n")[0]
+        raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {reason}") from error
     return Captured(traced, fake_mode, "dynamo")
 
 

@@ -51,7 +51,7 @@ def parse_predicate(text: str) -> Boolean:
     names.update({"floordiv": floordiv, "mod": mod})
     names.update({f"in{i}": load(i) for i in range(MAX_SLOTS)})
     parsed = read_expression(text, names)
-    if not isinstance(parsed, Boolean):
+    if not isinstance(parsed, Boolean) or isinstance(parsed, sympy.Symbol):
         raise ExpressionError(f"the predicate {text!r} is not a condition")
     return parsed
 
@@ -97,9 +97,10 @@ def predicate_to_torch(predicate: Any, index: dict[str, Tensor], inputs: Sequenc
             return result
         if type(e) in _TORCH_RELATIONS:
             left, right = (go(a) for a in e.args)
-            if not isinstance(left, Tensor) and not isinstance(right, Tensor):
-                raise ExpressionError(f"the condition {e} compares two constants")
-            return _TORCH_RELATIONS[type(e)](left, right)
+            result = _TORCH_RELATIONS[type(e)](left, right)
+            if isinstance(result, bool):
+                return torch.full((), result, dtype=torch.bool, device=index["kv"].device)
+            return result
         if isinstance(e, sympy.Add | sympy.Mul):
             parts = [go(a) for a in e.args]
             result = parts[0]
@@ -184,12 +185,13 @@ def predicate_to_triton(predicate: Any, loads: Callable[[int, list[str]], str]) 
             args = [go(a) for a in e.args]
             if slot is not None:
                 return loads(slot, args)
+            if name not in ("mod", "floordiv"):
+                raise ExpressionError(f"a predicate may not contain {e}")
             # Triton divides towards zero, predicates towards minus infinity.
             remainder = f"((({args[0]}) % ({args[1]}) + ({args[1]})) % ({args[1]}))"
             if name == "mod":
                 return remainder
-            if name == "floordiv":
-                return f"((({args[0]}) - {remainder}) // ({args[1]}))"
+            return f"((({args[0]}) - {remainder}) // ({args[1]}))"
         raise ExpressionError(f"a predicate may not contain {e}")
 
     return go(predicate)

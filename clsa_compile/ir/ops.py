@@ -341,8 +341,25 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "index_topk": _index_topk_fake,
     "mask_bounds": _mask_bounds_fake,
 }
-for _name, _reference in REFERENCES.items():
-    _LIBRARY.impl(_name, _reference, "CompositeExplicitAutograd")
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """Returns [B, H, S, Dv] in memory order [B, S, H, Dv], as the fakes declare it and kernels write it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention(*args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = attention_reference(*args)
+    return _laid_out(out), lse
+
+
+def _sparse_attention(*args: Any) -> Tensor:
+    return _laid_out(sparse_attention_reference(*args))
+
+
+_CALLABLE = {**REFERENCES, "attention": _attention, "sparse_attention": _sparse_attention}
+for _name, _implementation in _CALLABLE.items():
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clsa::{_name}", _FAKES[_name], lib=_LIBRARY)
 
 

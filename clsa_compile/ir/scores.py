@@ -78,14 +78,14 @@ def pointwise_to_torch(score: Score, dot: Tensor, weight: Tensor | None, lse: Te
             if values[e] is None:
                 raise ExpressionError(f"the score {score.text!r} needs {e}, which was not given")
             return values[e]
-        if isinstance(e, sympy.Number):
+        if not e.free_symbols:
             return float(e)
         args = [go(a) for a in e.args]
         if isinstance(e, sympy.Add):
             return _fold(args, lambda a, b: a + b)
         if isinstance(e, sympy.Mul):
             return _fold(args, lambda a, b: a * b)
-        if isinstance(e, sympy.Max) and len(args) == 2 and 0.0 in args:
+        if isinstance(e, sympy.Max) and len(args) == 2 and sympy.S.Zero in e.args:
             return torch.relu(next(a for a in args if isinstance(a, Tensor)))
         if isinstance(e, sympy.Max):
             return _fold([_tensor(a, dot) for a in args], torch.maximum)
@@ -97,8 +97,8 @@ def pointwise_to_torch(score: Score, dot: Tensor, weight: Tensor | None, lse: Te
             return torch.tanh(args[0])
         if isinstance(e, sympy.Abs):
             return torch.abs(args[0])
-        if isinstance(e, sympy.Pow):
-            return args[0] ** args[1]
+        if _is_power(e):
+            return args[0] ** int(e.exp)
         raise ExpressionError(f"a score may not contain {e.func.__name__}")
 
     result: Tensor = go(score.pointwise)
@@ -111,7 +111,7 @@ def pointwise_to_triton(score: Score) -> str:
     def go(e: Any) -> str:
         if isinstance(e, sympy.Symbol):
             return str(e)
-        if isinstance(e, sympy.Number):
+        if not e.free_symbols:
             return repr(float(e))
         args = [go(a) for a in e.args]
         if isinstance(e, sympy.Add):
@@ -132,11 +132,16 @@ def pointwise_to_triton(score: Score) -> str:
             return f"(1.0 - 2.0 / (tl.exp(2.0 * ({args[0]})) + 1.0))"
         if isinstance(e, sympy.Abs):
             return f"tl.abs({args[0]})"
-        if isinstance(e, sympy.Pow) and e.exp.is_Integer and 0 < int(e.exp) <= 4:
+        if _is_power(e):
             return "(" + " * ".join([args[0]] * int(e.exp)) + ")"
         raise ExpressionError(f"a score may not contain {e.func.__name__}")
 
     return go(score.pointwise)
+
+
+def _is_power(e: Any) -> bool:
+    """Tells whether an expression is a small whole power, printed as a product."""
+    return isinstance(e, sympy.Pow) and bool(e.exp.is_Integer) and 0 < int(e.exp) <= 16
 
 
 def _fold(values: list[Any], combine: Any) -> Any:

@@ -69,11 +69,15 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class MaskSpec:
-    """A recovered mask: `predicate` over b, h, q, kv and the inputs' loads, AND `tensor` if any."""
+    """A recovered mask: `predicate` over b, h, q, kv and the inputs' loads, AND `tensor` if any.
+
+    `forbids` says that the tensor is boolean and true where a key may not be read.
+    """
 
     predicate: Any = sympy.true
     inputs: tuple[Node, ...] = ()
     tensor: Operand | None = None
+    forbids: bool = False
 
     @property
     def is_open(self) -> bool:

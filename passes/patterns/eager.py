@@ -154,6 +154,8 @@ def _check_probabilities(node: Node, values: Product) -> bool:
             p, training = current.args[1], current.args[2]
             refuse_unless(not training or p == 0, Reason.DROPOUT, f"probabilities are dropped with p = {p}")
             continue
+        if current.target is aten.native_dropout.default:
+            raise Refused(Reason.DROPOUT, "probabilities are dropped at random")
         if current.target is aten.slice.Tensor and not trimmed:
             trimmed = _cuts_last_column(current)
             refuse_unless(trimmed, Reason.LAYOUT, f"the probabilities are sliced by {current.name}")
@@ -306,6 +308,8 @@ def _walk_back(node: Node, roles: tuple[int | None, ...], sizes: dict[Any, Any])
             stage = 2
             x, factor = scaled
             scale *= factor
+        elif target in (*_MULTIPLY, *_DIVIDE):
+            raise Refused(Reason.SCALE, f"the scores are scaled by a tensor in {x.name}")
         else:
             raise Refused(Reason.LAYOUT, f"the scores go through {target}")
         sole_user(x)
@@ -330,11 +334,11 @@ def read_mask(node: Node) -> tuple[Node, Node | Forbids] | None:
         a, b = node.args[:2]
         if not is_tensor(a) or not is_tensor(b):
             return None
-        if not all(map(same, shape(a), shape(node))) or len(shape(a)) != len(shape(node)):
-            return (b, a)
-        if len(shape(b)) != len(shape(node)) or not all(map(same, shape(b), shape(node))):
-            return (a, b)
-        return (a, b) if _plain_score(a) else (b, a)
+        x, mask = (a, b) if _is_whole(a, node) and (not _is_whole(b, node) or _plain_score(a)) else (b, a)
+        kind = mask.meta["val"].dtype
+        # Added booleans or integers are numbers, not conditions.
+        refuse_unless(kind.is_floating_point, Reason.MASK, f"a mask of dtype {kind} is added to the scores")
+        return (x, mask)
     if node.target in (aten.where.self, aten.where.ScalarOther):
         condition, x, other = node.args
         value = constant(other)
@@ -348,6 +352,11 @@ def read_mask(node: Node) -> tuple[Node, Node | Forbids] | None:
             return None
         return (x, Forbids(condition))
     return None
+
+
+def _is_whole(part: Node, node: Node) -> bool:
+    """Tells whether an operand has the shape of the result, so that it may be the scores."""
+    return len(shape(part)) == len(shape(node)) and all(map(same, shape(part), shape(node)))
 
 
 def _plain_score(node: Node, depth: int = 16) -> bool:
@@ -383,6 +392,8 @@ def read_scale(node: Node) -> tuple[Node, float] | None:
     x, factor = node.args[0], node.args[1]
     if not isinstance(x, Node):
         x, factor = factor, x
+        if node.target in _DIVIDE:
+            return None  # a constant over the scores
     if not is_tensor(x) or not isinstance(x, Node):
         return None
     value = constant(factor)

@@ -159,7 +159,7 @@ def canonical(spec: MaskSpec) -> tuple[frozenset[Any], Any]:
     tensor = None
     if spec.tensor is not None:
         b, _, q, kv = spec.tensor.dims
-        tensor = (spec.tensor.root, q, kv)
+        tensor = (spec.tensor.root, q, kv, spec.forbids)
     return frozenset(parts), tensor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -298,7 +298,7 @@ def _mask(context: Context, candidate: Candidate) -> tuple[MaskSpec, IndexerSite
 def _with_causal(spec: MaskSpec, candidate: Candidate) -> MaskSpec:
     if candidate.extra_predicate == sympy.true:
         return spec
-    return MaskSpec(sympy.And(spec.predicate, candidate.extra_predicate), spec.inputs, spec.tensor)
+    return replace(spec, predicate=sympy.And(spec.predicate, candidate.extra_predicate))
 
 
 def _inputs_stay(context: Context, recovered: Recovered, candidate: Candidate) -> bool:

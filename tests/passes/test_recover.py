@@ -73,6 +73,7 @@ def evaluated(
 ) -> tuple[Tensor, Tensor]:
     """Returns what a spec allows, and the bias it adds there: both of shape `sizes`."""
     tensor = None if spec.tensor is None else arranged(values[spec.tensor.root], spec.tensor)
+    tensor = ~tensor if tensor is not None and spec.forbids else tensor
     inputs = [values[n] for n in spec.inputs]
     # Through its text, as it travels in the graph.
     text = print_predicate(spec.predicate)

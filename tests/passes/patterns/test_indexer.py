@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa_compile.ir.masks import B_, KV_, Q_
-from clsa_compile.ir.sites import MaskSpec, Reason
+from clsa_compile.ir.sites import MaskSpec, Operand, Reason
 from clsa_compile.passes.patterns.indexer import implies
 
 Rewritten = Callable[..., Any]
@@ -487,6 +487,33 @@ def test_widened_index_operands_are_read_in_their_narrow_dtype(rewritten: Rewrit
     assert outcome.site.indexer.q.root.meta["val"].dtype == torch.float16
 
 
+def test_opposite_masks_are_not_one(rewritten: Rewritten) -> None:
+    # Attention may read what the indexer may not: the same tensor, once as it is and once negated.
+    torch.manual_seed(3)
+    hidden = torch.rand(B, 10, 10) > 0.6
+    hidden |= torch.eye(10, dtype=torch.bool)
+    model = Model(
+        index_mask=lambda e, x: x.masked_fill(e["hidden"], -math.inf),
+        attend_mask=lambda e: e["hidden"],
+        scatter=lambda e, i: torch.zeros(B, 10, 10, dtype=torch.bool).scatter(-1, i, True),
+    )
+
+    def either(e: Env) -> Tensor:
+        scores = e["iq"][:, :, 0] @ e["ik"].mT
+        indices = scores.masked_fill(e["hidden"], -math.inf).topk(K, dim=-1).indices
+        chosen = torch.zeros(B, 10, 10, dtype=torch.bool).scatter(-1, indices, True)
+        mask = (chosen & e["hidden"])[:, None]
+        out = F.scaled_dot_product_attention(e["q"], e["k"], e["v"], attn_mask=mask)
+        return torch.where(mask.any(-1, keepdim=True), out, 0.0)
+
+    for fn in (model, either):
+        outcome = run(rewritten, fn, hidden=hidden)
+        outcome.actual, outcome.expected = (
+            torch.nan_to_num(x) for x in (outcome.actual, outcome.expected)
+        )
+        outcome.assert_equal()
+
+
 # -- one mask implies another ------------------------------------------------------------------------
 
 
@@ -499,6 +526,17 @@ def test_implication_holds_only_where_it_is_sure() -> None:
     assert not implies(MaskSpec(causal_), both)
     assert not implies(MaskSpec(), MaskSpec(causal_))
     assert not implies(MaskSpec(sympy.Or(causal_, sympy.Eq(B_, 0))), MaskSpec(causal_))
+
+
+def test_a_tensor_that_forbids_is_not_one_that_allows(trace: Any) -> None:
+    captured = trace(lambda a: ~a, torch.rand(B, 10, 10) > 0)
+    (a,) = (n for n in captured.graph.nodes if n.op == "placeholder")
+    allows = MaskSpec(tensor=Operand(a, (0, None, 1, 2)))
+    forbids = replace(allows, forbids=True)
+    assert implies(allows, allows)
+    assert implies(forbids, forbids)
+    assert not implies(allows, forbids)
+    assert not implies(forbids, allows)
 
 
 def test_implication_compares_tensors_by_identity(trace: Any) -> None:
