@@ -266,6 +266,7 @@ class Reader:
         """
         allowed: list[Any] = []
         biases: list[Any] = []
+        sizes: dict[Any, Any] = {}
         for given in masks:
             mask = given.node if isinstance(given, Forbids) else given
             try:
@@ -285,6 +286,7 @@ class Reader:
                 else sympy.S.Zero
                 for i in range(rank)
             }
+            sizes.update({table[dim(i)]: size for i, size in enumerate(shape(mask)) if size != 1})
             element = _map(element, _substitution(table))
             if isinstance(element, Condition):
                 allowed.append(element.expr)
@@ -293,9 +295,9 @@ class Reader:
                 biases.extend(element.biases)
             elif not (isinstance(element, Constant) and element.value == 0):
                 return None
-        return self._finish(sympy.And(*allowed), biases)
+        return self._finish(sympy.And(*allowed), biases, sizes)
 
-    def _finish(self, allowed: Any, biases: list[Any]) -> Recovered | None:
+    def _finish(self, allowed: Any, biases: list[Any], sizes: dict[Any, Any]) -> Recovered | None:
         selection, tensor, kept, forbids = None, None, [], False
         for part in conjuncts(allowed):
             name = _single_load(part)
@@ -311,7 +313,7 @@ class Reader:
             if name is not None and _is_materialised(part):
                 if tensor is not None:
                     return None
-                tensor = self._tensor(part)
+                tensor = self._tensor(part, sizes)
                 forbids = isinstance(part, sympy.Eq)
                 if tensor is None:
                     return None
@@ -320,7 +322,7 @@ class Reader:
         if len(biases) > 1 or (biases and tensor is not None):
             return None
         if biases:
-            tensor = self._tensor(biases[0])
+            tensor = self._tensor(biases[0], sizes)
             if tensor is None:
                 return None
         predicate = sympy.And(*kept)
@@ -341,8 +343,8 @@ class Reader:
                 predicate = predicate.subs(load, table[load.func.__name__](*load.args))
         return Recovered(MaskSpec(predicate, tuple(inputs), tensor, forbids), selection)
 
-    def _tensor(self, part: Any) -> Operand | None:
-        """Returns a materialised mask's load as an operand [B, H, S, T]."""
+    def _tensor(self, part: Any, sizes: dict[Any, Any]) -> Operand | None:
+        """Returns a materialised mask's load as an operand [B, H, S, T], if it is read whole."""
         load = next(
             f for f in part.atoms(sympy.core.function.AppliedUndef) if f.func.__name__.startswith("leaf")
         )
@@ -350,7 +352,15 @@ class Reader:
         is_condition = isinstance(part, sympy.Ne | sympy.Eq)
         if is_condition != (node.meta["val"].dtype == torch.bool):
             return None  # an integer mask is neither a condition nor a bias
-        return as_operand(node, load.args, INDEX_SYMBOLS)
+        operand = as_operand(node, load.args, INDEX_SYMBOLS)
+        if operand is None:
+            return None
+        own = shape(node)
+        for symbol, position in zip(INDEX_SYMBOLS, operand.dims, strict=True):
+            sliced = position is not None and own[position] != 1 and symbol in load.args
+            if sliced and not same(own[position], sizes.get(symbol, sympy.S.One)):
+                return None
+        return operand
 
 
 def as_operand(node: Node, index: Sequence[Any], roles: Sequence[Any]) -> Operand | None:
