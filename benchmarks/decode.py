@@ -256,7 +256,9 @@ def prefill_row(bench: Bench, setting: Setting, queries: int) -> tuple[PrefillRo
             f"out of memory on {total / GIB:.0f} GiB; "
             f"one [B, S, H, T] float32 score tensor is {scores:.1f} GiB"
         )
+        console.print(f"  {note}")
         return PrefillRow(setting.label, queries, None, None, note), None
+    console.print(f"  {timing.device:.1f} ms, {extra / GIB:.2f} GiB of extra memory at the peak")
     return PrefillRow(setting.label, queries, timing.device, extra), logits
 
 
