@@ -59,7 +59,13 @@ def clsa(
         if chosen.strict:
             raise
         return _inductor_alone(gm, example_inputs, chosen, _why(gm), str(error))
-    return _inductor(module, example_inputs, chosen)
+    try:
+        return _inductor(module, example_inputs, chosen)
+    except Exception as error:
+        if chosen.strict or module is gm:
+            raise
+        reason = f"Inductor failed on the rewritten graph: {type(error).__name__}: {error}".partition("\n")[0]
+        return _inductor_alone(gm, example_inputs, chosen, Reason.INDUCTOR, reason)
 
 
 def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Plan | str:

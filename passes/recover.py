@@ -357,8 +357,9 @@ class Reader:
             return None
         own = shape(node)
         for symbol, position in zip(INDEX_SYMBOLS, operand.dims, strict=True):
-            sliced = position is not None and own[position] != 1 and symbol in load.args
-            if sliced and not same(own[position], sizes.get(symbol, sympy.S.One)):
+            if position is None or own[position] == 1 or symbol not in load.args:
+                continue
+            if not same(own[position], sizes.get(symbol, sympy.S.One)):
                 return None
         return operand
 

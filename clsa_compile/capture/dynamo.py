@@ -115,20 +115,22 @@ def _spell_out_constants(module: GraphModule, fake_mode: FakeTensorMode) -> None
         with module.graph.inserting_before(node):
             made = _spelled(module, value, fake_mode)
         made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
-        for user in list(node.users):
-            if user.target in (
-                torch.ops.aten.lift_fresh_copy.default,
-                torch.ops.aten.lift_fresh.default,
-            ):
-                user.replace_all_uses_with(made)
-                module.graph.erase_node(user)
-        if node.users:
-            node.replace_all_uses_with(made)
-        module.graph.erase_node(node)
+        _replace_lifted(module, node, made)
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
         delattr(module, name)
     module.recompile()
+
+
+def _replace_lifted(module: GraphModule, node: Node, made: Node) -> None:
+    """Puts `made` where a constant and the copies that lift it out of tracing stood."""
+    aten = torch.ops.aten
+    lifts = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default)
+    for user in list(node.users):
+        if user.target in lifts:
+            _replace_lifted(module, user, made)
+    node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
 
 
 def _spelled(module: GraphModule, value: torch.Tensor, fake_mode: FakeTensorMode) -> Node:
@@ -145,4 +147,8 @@ def _spelled(module: GraphModule, value: torch.Tensor, fake_mode: FakeTensorMode
     if len(set(map(repr, flat))) <= 1:
         return call(aten.full.default, list(value.shape), flat[0] if flat else 0, **place)
     parts = [call(aten.full.default, [], element, **place) for element in flat]
-    return call(aten.view.default, call(aten.stack.default, parts), list(value.shape))
+    stacked = call(aten.stack.default, parts)
+    if value.dim() == 1:
+        return stacked
+    # A tensor of its own, not a view: what follows may write it.
+    return call(aten.clone.default, call(aten.view.default, stacked, list(value.shape)))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         head = WIDTH // HEADS
-        q, k, v = (
-            p(x).view(*x.shape[:2], -1, head).transpose(1, 2) for p in (self.q, self.k, self.v)
-        )
+        q, k, v = (p(x).view(*x.shape[:2], -1, head).transpose(1, 2) for p in (self.q, self.k, self.v))
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,9 +144,7 @@ class Lora(nn.Module):
 
 
 @pytest.mark.parametrize("layer", [Int8Linear, Lora])
-def test_quantised_weights_and_adapters_are_rewritten(
-    layer: Any, without_inductor: list[Any]
-) -> None:
+def test_quantised_weights_and_adapters_are_rewritten(layer: Any, without_inductor: list[Any]) -> None:
     model = Attention()
     for name in ("q", "k", "v", "o"):
         setattr(model, name, layer(getattr(model, name)))
@@ -275,16 +272,14 @@ def test_tensor_subclasses_are_left_alone(without_inductor: list[Any]) -> None:
 @pytest.mark.parametrize("left", ["training", "autocast", "subclass"])
 def test_strict_turns_what_is_left_alone_into_an_error(left: str) -> None:
     model, x = Attention(), torch.randn(B, S, WIDTH)
-    run = compiled(model, strict=True)
-    with pytest.raises((StrictError, BackendCompilerFailed), match=left):
-        if left == "training":
-            run(x)
-        elif left == "autocast":
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                run(x)
-        else:
-            with torch.no_grad():
-                run(TwoTensor(x, x))
+    with ExitStack() as around:
+        if left != "training":
+            around.enter_context(torch.no_grad())
+        if left == "autocast":
+            around.enter_context(torch.autocast("cpu", torch.bfloat16))
+        run = compiled(model, strict=True)
+        with pytest.raises((StrictError, BackendCompilerFailed), match=left):
+            run(TwoTensor(x, x) if left == "subclass" else x)
 
 
 # -- attention that is left, in a graph that is compiled ---------------------------------------------
@@ -355,7 +350,7 @@ def test_attention_behind_a_higher_order_op_is_left_with_a_reason(
     torch.manual_seed(0)
     (message,) = equal(fn, *(torch.randn(B, HEADS, 16, 16) for _ in range(3)))
     assert "left" in message
-    assert Reason.HIGHER_ORDER in message or fn is _checkpointed and Reason.CAPTURE in message
+    assert Reason.HIGHER_ORDER in message or (fn is _checkpointed and Reason.CAPTURE in message)
     assert counters["clsa"]["attention"] == 0
     (graph,) = without_inductor
     assert not any("aten" in n for n in names(graph)), "the graph is Dynamo's own"
@@ -435,9 +430,7 @@ def test_a_dump_holds_every_stage(tmp_path: Path, without_inductor: list[Any]) -
     assert json.loads((folder / "1_plan.json").read_text())["sites"][0]["action"] == "attention"
 
 
-def test_a_dump_that_cannot_be_written_is_an_error(
-    tmp_path: Path, without_inductor: list[Any]
-) -> None:
+def test_a_dump_that_cannot_be_written_is_an_error(tmp_path: Path, without_inductor: list[Any]) -> None:
     (tmp_path / "file").write_text("")
     run = compiled(Attention(), dump=str(tmp_path / "file" / "inner"))
     with torch.no_grad(), pytest.raises((OptionError, BackendCompilerFailed), match="dump"):
@@ -482,8 +475,11 @@ SCRIPT = """
             lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
             backend=clsa, options=options or None,
         )(x)
-    print(json.dumps({k: counters["inductor"][k] for k in ("fxgraph_cache_hit", "fxgraph_cache_miss")}
-                     | {k: counters["aot_autograd"][k] for k in ("autograd_cache_hit", "autograd_cache_miss")}))
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    print(json.dumps({
+        "hits": inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"],
+        "misses": inductor["fxgraph_cache_miss"] + autograd["autograd_cache_miss"],
+    }))
 """
 
 
@@ -501,15 +497,59 @@ def test_a_second_process_finds_the_graph_and_other_options_do_not(tmp_path: Pat
         result: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
         return result
 
-    def hits(counts: dict[str, int]) -> int:
-        return counts["fxgraph_cache_hit"] + counts["autograd_cache_hit"]
-
     first, second = run({}), run({})
-    assert hits(first) == 0
-    assert hits(second) >= 1, second
+    assert first["hits"] == 0
+    assert first["misses"] >= 1
+    assert second["hits"] >= 1, second
     for options in (
         {"strict": True},
         {"inductor": {"max_autotune": False}},
         {"mode": "max-autotune-no-cudagraphs"},
     ):
-        assert hits(run(options)) == 0, options
+        assert run(options)["hits"] == 0, options
+
+
+# -- floats that are not known ---------------------------------------------------------------------
+
+
+def _scaled_sdpa(x: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, scale=scale)
+
+
+def _scaled_scores(x: Tensor, scale: float) -> Tensor:
+    return (x @ x.mT * scale).softmax(-1) @ x
+
+
+def _scaled_query(x: Tensor, scale: float) -> Tensor:
+    return ((x * scale) @ x.mT).softmax(-1) @ x
+
+
+def _capped(x: Tensor, scale: float) -> Tensor:
+    return (torch.tanh(x @ x.mT / scale) * scale).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("fn", [_scaled_sdpa, _scaled_scores, _scaled_query, _capped])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_a_scale_that_changes_between_calls_is_right_and_stays_in_its_dtype(
+    fn: Any, dynamic: bool | None, passes: Any
+) -> None:
+    run = torch.compile(fn, backend=passes, dynamic=dynamic)
+    for scale in (0.3, 0.7, 1.9, 0.3):
+        x = torch.randn(B, HEADS, S, 8)
+        actual = run(x, scale)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, fn(x, scale), atol=1e-5, rtol=1e-5)
+    assert all(r.startswith(("scale", "layout", "order", "shape")) for r in passes.reasons), passes.reasons
+
+
+def _scaled_by_length(x: Tensor) -> Tensor:
+    return (x @ x.mT * x.shape[-2] ** -0.5).softmax(-1) @ x
+
+
+def test_a_scale_made_of_a_length_is_right_for_every_length(passes: Any) -> None:
+    run = torch.compile(_scaled_by_length, backend=passes, dynamic=True)
+    for length in (6, 9, 12):
+        x = torch.randn(B, HEADS, length, 8)
+        torch.testing.assert_close(run(x), _scaled_by_length(x), atol=1e-5, rtol=1e-5)
+    assert passes.reasons
+    assert all(r.startswith("scale") for r in passes.reasons), passes.reasons

@@ -109,9 +109,7 @@ def test_option_errors_can_be_caught_as_value_errors_and_as_clsa_errors() -> Non
 
 
 @pytest.mark.parametrize(("text", "strict"), [("1", True), ("yes", True), ("0", False), ("", False)])
-def test_the_environment_sets_strict(
-    text: str, strict: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_sets_strict(text: str, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLSA_STRICT", text)
     assert Options.read().strict is strict
     assert Options.read({"strict": not strict}).strict is not strict, "what is given wins"

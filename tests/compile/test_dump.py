@@ -66,5 +66,5 @@ def test_stages_are_written_in_order_and_can_be_read_back(tmp_path: Path) -> Non
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_option(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptionError, match="the option 'dump' is .*file"):
+    with pytest.raises(OptionError, match=r"the option 'dump' is .*file"):
         Dump.open(str(tmp_path / "file" / "inner"))

@@ -40,9 +40,7 @@ def tensors_of(cache: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("name", ["llama", "glm_moe_dsa"])
-def test_counts_are_those_of_a_compile(
-    name: str, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_are_those_of_a_compile(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(name)
     report = inspect(model, **prompt(), past_key_values=CACHES[cache](model.config))
     assert not counters["clsa"], "nothing is compiled"

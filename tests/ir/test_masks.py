@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -71,9 +72,7 @@ def predicates(draw: Draw, depth: int = 2) -> Any:
     if kind == "constant":
         return draw(st.sampled_from([sympy.true, sympy.false]))
     if depth == 0 or kind == "relation":
-        relation = draw(
-            st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne])
-        )
+        relation = draw(st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne]))
         return relation(draw(integers()), draw(integers()))
     first = draw(predicates(depth=depth - 1))
     if kind == "not":
@@ -82,15 +81,15 @@ def predicates(draw: Draw, depth: int = 2) -> Any:
     return sympy.And(first, second) if kind == "and" else sympy.Or(first, second)
 
 
-def value_at(e: Any, place: dict[str, int], scalars: dict[str, Any]) -> Any:
+def value_at(e: Any, place: dict[str, int]) -> Any:
     """Evaluates an expression at one (b, h, q, kv), in Python's own arithmetic."""
     if e in (sympy.true, sympy.false):
         return bool(e)
-    if e.is_Integer if hasattr(e, "is_Integer") else False:
+    if isinstance(e, sympy.Integer):
         return int(e)
     if isinstance(e, sympy.Symbol):
         return place[e.name]
-    args = [value_at(a, place, scalars) for a in e.args]
+    args = [value_at(a, place) for a in e.args]
     name = type(e).__name__
     operations: dict[str, Any] = {
         "LessThan": lambda a, b: a <= b,
@@ -103,7 +102,7 @@ def value_at(e: Any, place: dict[str, int], scalars: dict[str, Any]) -> Any:
         "Or": lambda *a: any(a),
         "Not": lambda a: not a,
         "Add": lambda *a: sum(a),
-        "Mul": lambda *a: __import__("math").prod(a),
+        "Mul": lambda *a: math.prod(a),
         "Abs": abs,
         "Min": min,
         "Max": max,
@@ -119,8 +118,8 @@ def value_at(e: Any, place: dict[str, int], scalars: dict[str, Any]) -> Any:
 def everywhere(predicate: Any) -> Tensor:
     out = torch.zeros(SIZES, dtype=torch.bool)
     for place in itertools.product(*map(range, SIZES)):
-        at = dict(zip("b h q kv".split(), place, strict=True))
-        out[place] = value_at(predicate, at, {})
+        at = dict(zip(["b", "h", "q", "kv"], place, strict=True))
+        out[place] = value_at(predicate, at)
     return out
 
 
@@ -144,13 +143,8 @@ def test_what_is_printed_is_read_back(predicate: Any) -> None:
     assert print_predicate(again) == text, "the text is stable: it is part of cache keys"
 
 
-def c_remainder(a: Any, b: Any) -> Any:
-    """Triton divides towards zero, as C does."""
-    return torch.fmod(torch.as_tensor(a), torch.as_tensor(b))
-
-
 class Truncating:
-    """An integer tensor whose // and % are those of Triton."""
+    """An integer tensor whose // and % are those of Triton: towards zero, as in C."""
 
     def __init__(self, value: Any) -> None:
         self.value = torch.as_tensor(value)
@@ -217,7 +211,7 @@ class FakeLanguage:
 
     @staticmethod
     def abs(x: Any) -> Truncating:
-        return Truncating(Truncating(x).value.abs() if not isinstance(x, Truncating) else x.value.abs())
+        return Truncating(_raw(x).abs())
 
     @staticmethod
     def minimum(a: Any, b: Any) -> Truncating:

@@ -156,9 +156,7 @@ def test_attention_equals_the_naive_loop(case: dict[str, Any]) -> None:
 
 
 @given(case=cases(), data=st.data())
-def test_sparse_attention_equals_the_naive_loop_over_its_indices(
-    case: dict[str, Any], data: Any
-) -> None:
+def test_sparse_attention_equals_the_naive_loop_over_its_indices(case: dict[str, Any], data: Any) -> None:
     b, h, s, t = sizes_of(case)
     per_head = data.draw(st.booleans()) and case["k"].shape[1]
     k = data.draw(st.integers(1, t + 2))
@@ -367,9 +365,7 @@ def test_fakes_have_the_shapes_and_dtypes_of_the_references(op: str, s: int) -> 
 def test_ops_are_functional_and_pass_torchs_own_checks(op: str) -> None:
     target = getattr(torch.ops.clsa, op).default
     assert not target._schema.is_mutable
-    torch.library.opcheck(
-        target, arguments(op), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(target, arguments(op), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("op", list(REFERENCES))

@@ -82,9 +82,7 @@ class Outcome:
         """Checks results, and what was written into the inputs."""
         pairs = [(self.expected, self.actual), self.inputs_after]
         for expected, actual in pairs:
-            torch.testing.assert_close(
-                actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True
-            )
+            torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
 def rewritten(

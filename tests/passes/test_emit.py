@@ -57,7 +57,11 @@ def test_operands_are_permuted_into_their_roles(order: tuple[int, ...], trace: T
 
 @pytest.mark.parametrize(
     ("dims", "shape"),
-    [((None, 1, None, 0), (1, 3, 1, 2)), ((0, None, 1, None), (2, 1, 3, 1)), ((None, None, 0, 1), (1, 1, 2, 3))],
+    [
+        ((None, 1, None, 0), (1, 3, 1, 2)),
+        ((0, None, 1, None), (2, 1, 3, 1)),
+        ((None, None, 0, 1), (1, 1, 2, 3)),
+    ],
 )
 def test_roles_that_a_root_has_not_become_dimensions_of_one(
     dims: tuple[int | None, ...], shape: tuple[int, ...], trace: Trace

@@ -69,7 +69,7 @@ def read(root: torch.Tensor, index: tuple[Any, ...], sizes: tuple[int, ...]) -> 
     places = []
     for e, size in zip(index, root.shape, strict=True):
         place = torch.as_tensor(evaluate(e, grid)).expand(sizes)
-        assert place.numel() == 0 or (0 <= int(place.min()) and int(place.max()) < size), (
+        assert place.numel() == 0 or (int(place.min()) >= 0 and int(place.max()) < size), (
             f"{e} leaves the {size} elements of its dimension"
         )
         places.append(place)

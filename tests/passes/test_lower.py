@@ -100,9 +100,7 @@ def test_the_first_variant_that_fits_is_launched_with_the_wrapper(trace: Trace) 
     never = Kernel(supports=lambda f: Support(False, "never"))
     mine = Kernel()
     _, choices = lowered(trace, sdpa, *qkv(), variants=(never.variant, mine.variant))
-    assert [(c.variant, c.passed_over) for c in choices] == [
-        ("my_attention", ("my_attention: never",))
-    ]
+    assert [(c.variant, c.passed_over) for c in choices] == [("my_attention", ("my_attention: never",))]
     assert mine.wraps == [wrap]
     assert never.strides == []
 
@@ -132,9 +130,7 @@ def test_ops_that_nothing_needs_are_dropped(trace: Trace) -> None:
 
     captured, choices = lower(trace(fn, torch.randn(1, 2, 3, 4)), (), wrap)
     assert choices == ()
-    assert [str(n.target) for n in captured.graph.nodes if n.op == "call_function"] == [
-        "aten.add.Tensor"
-    ]
+    assert [str(n.target) for n in captured.graph.nodes if n.op == "call_function"] == ["aten.add.Tensor"]
 
 
 # -- facts -------------------------------------------------------------------------------------------
@@ -231,9 +227,7 @@ def _written_copy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ("fn", "copies"),
     [(_projected, 3), (_transposed, 1), (_concatenated, 2), (_copied, 0), (_written_copy, 1)],
 )
-def test_what_the_graph_computes_is_pinned_to_contiguous(
-    fn: Any, copies: int, trace: Trace
-) -> None:
+def test_what_the_graph_computes_is_pinned_to_contiguous(fn: Any, copies: int, trace: Trace) -> None:
     # Inductor may choose other strides for its own buffers than a kernel was generated for.
     mine = Kernel()
     captured, _ = lowered(trace, fn, *qkv(), variants=(mine.variant,))

@@ -83,9 +83,7 @@ def evaluated(
     return allowed & (extra > LOWEST), extra
 
 
-def check(
-    captured: Captured, inputs: list[Tensor], sizes: tuple[int, int, int, int]
-) -> Recovered | None:
+def check(captured: Captured, inputs: list[Tensor], sizes: tuple[int, int, int, int]) -> Recovered | None:
     """Compares what is recovered from the output with the output itself."""
     found = recovered_from(captured)
     if found is None:
@@ -320,8 +318,7 @@ KNOWN: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], str]] = {
     ),
     "prefix": (lambda e: (K() <= Q()) | (K() < 2), ""),
     "two additive masks": (
-        lambda e: torch.where(K() <= Q(), 0.0, LOWEST)
-        + torch.where(e["kept"][:, None, None], 0.0, LOWEST),
+        lambda e: torch.where(K() <= Q(), 0.0, LOWEST) + torch.where(e["kept"][:, None, None], 0.0, LOWEST),
         "",
     ),
     "everything": (lambda e: torch.ones(S, T, dtype=torch.bool), ""),

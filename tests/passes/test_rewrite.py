@@ -117,9 +117,7 @@ def test_a_random_attention_equals_eager(case: Any, rewritten: Rewritten) -> Non
     ]
     assert steps[0] == steps[1], "later views rely on strides"
     assert torch.isfinite(outcome.actual).all()
-    torch.testing.assert_close(
-        outcome.actual[rows], outcome.expected[rows], atol=2e-5, rtol=2e-5
-    )
+    torch.testing.assert_close(outcome.actual[rows], outcome.expected[rows], atol=2e-5, rtol=2e-5)
 
 
 # -- the graph ---------------------------------------------------------------------------------------
@@ -173,9 +171,7 @@ def test_a_mask_may_come_from_an_attention(rewritten: Rewritten) -> None:
 
 
 @pytest.mark.parametrize("after", ["view", "reshape", "transpose and view", "einsum"])
-def test_what_follows_reads_the_layout_that_it_was_traced_with(
-    after: str, rewritten: Rewritten
-) -> None:
+def test_what_follows_reads_the_layout_that_it_was_traced_with(after: str, rewritten: Rewritten) -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if after == "einsum":
             weights = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)

@@ -132,9 +132,7 @@ TAKEN = [
 
 @pytest.mark.parametrize("fn", TAKEN)
 @pytest.mark.parametrize("shape", [(B, 1, S, T), (S, T), (B, H, S, T), (B, 1, 1, T)])
-def test_every_spelling_is_taken_and_equal(
-    fn: Any, shape: tuple[int, ...], rewritten: Rewritten
-) -> None:
+def test_every_spelling_is_taken_and_equal(fn: Any, shape: tuple[int, ...], rewritten: Rewritten) -> None:
     outcome = rewritten(fn, *qkv(), a_mask(*shape))
     outcome.assert_equal()
     site = outcome.site
@@ -275,9 +273,7 @@ def refused(outcome: Any, reason: Reason, detail: str = "") -> None:
         ("per query", Reason.LAYOUT),
     ],
 )
-def test_sinks_in_any_other_form_are_refused(
-    form: str, reason: Reason, rewritten: Rewritten
-) -> None:
+def test_sinks_in_any_other_form_are_refused(form: str, reason: Reason, rewritten: Rewritten) -> None:
     refused(rewritten(sinks(form), *qkv(), a_mask(B, 1, S, T), torch.randn(H)), reason)
 
 
@@ -306,12 +302,8 @@ def several_users(at: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return fn
 
 
-@pytest.mark.parametrize(
-    "at", ["product", "scaled", "ratio", "tanh", "capped", "masked", "weights"]
-)
-def test_an_intermediate_result_that_is_needed_elsewhere_is_refused(
-    at: str, rewritten: Rewritten
-) -> None:
+@pytest.mark.parametrize("at", ["product", "scaled", "ratio", "tanh", "capped", "masked", "weights"])
+def test_an_intermediate_result_that_is_needed_elsewhere_is_refused(at: str, rewritten: Rewritten) -> None:
     refused(rewritten(several_users(at), *qkv(), a_mask(S, T)), Reason.USERS, "is also used by")
 
 
@@ -356,9 +348,7 @@ def _filled_then_scaled(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     "fn",
     [_mask_then_scale, _mask_then_softcap, _softcap_then_scale, _softcap_twice, _filled_then_scaled],
 )
-def test_scale_softcap_and_mask_in_another_order_are_refused(
-    fn: Any, rewritten: Rewritten
-) -> None:
+def test_scale_softcap_and_mask_in_another_order_are_refused(fn: Any, rewritten: Rewritten) -> None:
     refused(rewritten(fn, *qkv(), a_mask(S, T)), Reason.ORDER)
 
 
@@ -368,9 +358,7 @@ def test_a_scale_that_is_not_known_is_refused(rewritten: Rewritten) -> None:
         scale = torch.sym_float(x.shape[1]) ** -0.5
         return (heads @ heads.mT * scale).softmax(-1) @ heads
 
-    outcome = rewritten(
-        fn, torch.randn(2, 5, H * D), symbolic=True, others=[(torch.randn(3, 7, H * D),)]
-    )
+    outcome = rewritten(fn, torch.randn(2, 5, H * D), symbolic=True, others=[(torch.randn(3, 7, H * D),)])
     refused(outcome, Reason.SCALE, "not a constant")
 
 
@@ -407,9 +395,7 @@ def test_dropout_in_training_is_refused(native: bool, rewritten: Rewritten) -> N
 
 
 def test_dropout_of_nothing_is_no_dropout(rewritten: Rewritten) -> None:
-    outcome = rewritten(
-        lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.0, training=True) @ v, *qkv()
-    )
+    outcome = rewritten(lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.0, training=True) @ v, *qkv())
     outcome.assert_equal()
     assert len(outcome.sites) == 1
 
@@ -512,11 +498,14 @@ def _less_another_maximum(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize(
-    "fn",
-    [_reciprocal, _subtracted, _mask_subtracted, _scaled_by_other_scores, _relu, _finite_fill, _filled_with_zero, _choice_of_two, _mask_twice, _wrong_softcap,
-     _negative_softcap, _added_constant, _fused_add, _scaled_in_place, _less_another_maximum],
-)  # fmt: skip
+ELSEWHERE = [
+    _reciprocal, _subtracted, _mask_subtracted, _scaled_by_other_scores, _relu, _finite_fill,
+    _filled_with_zero, _choice_of_two, _mask_twice, _wrong_softcap, _negative_softcap,
+    _added_constant, _fused_add, _scaled_in_place, _less_another_maximum,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", ELSEWHERE)
 def test_scores_that_go_through_something_else_stay_right(fn: Any, rewritten: Rewritten) -> None:
     outcome = rewritten(fn, *qkv(), a_mask(S, T))
     outcome.assert_equal()
@@ -532,16 +521,12 @@ def test_the_other_half_of_a_where_is_not_taken_for_the_scores(rewritten: Rewrit
 
 def test_a_boolean_mask_that_is_added_adds_one(rewritten: Rewritten) -> None:
     # scores + mask with a boolean mask is a bias of 1, not a condition.
-    outcome = rewritten(
-        lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v, *qkv(), a_mask(B, 1, S, T)
-    )
+    outcome = rewritten(lambda q, k, v, m: (q @ k.mT + m).softmax(-1) @ v, *qkv(), a_mask(B, 1, S, T))
     outcome.assert_equal()
 
 
 def test_an_integer_mask_that_is_added_is_refused(rewritten: Rewritten) -> None:
-    outcome = rewritten(
-        lambda q, k, v, m: (q @ k.mT + m.long()).softmax(-1) @ v, *qkv(), a_mask(B, 1, S, T)
-    )
+    outcome = rewritten(lambda q, k, v, m: (q @ k.mT + m.long()).softmax(-1) @ v, *qkv(), a_mask(B, 1, S, T))
     refused(outcome, Reason.MASK)
 
 
@@ -670,3 +655,53 @@ def test_routers_and_output_softmaxes_are_no_attention(fn: Any, rewritten: Rewri
     outcome.assert_equal()
     assert not outcome.sites
     assert not outcome.rejects, [str(r) for r in outcome.rejects]
+
+
+def test_a_number_of_heads_that_is_not_known_is_refused(rewritten: Rewritten) -> None:
+    def fn(x: Tensor) -> Tensor:
+        heads = (x[..., None] * torch.arange(1.0, 1.0 + D)).transpose(1, 2)
+        return (heads @ heads.mT).softmax(-1) @ heads
+
+    outcome = rewritten(fn, torch.randn(2, 5, 3), symbolic=True, others=[(torch.randn(2, 6, 4),)])
+    refused(outcome, Reason.SHAPE, "heads is not static")
+
+
+def test_two_forbidding_masks_stay_right(rewritten: Rewritten) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(a == 0, -math.inf).masked_fill(b == 0, LOWEST)
+        return scores.softmax(-1) @ v
+
+    outcome = rewritten(fn, *qkv(), a_mask(S, T), a_mask(B, 1, S, T))
+    outcome.assert_equal()
+
+
+def test_a_forbidding_mask_of_unknown_making_stays_right(rewritten: Rewritten) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        hidden = torch.logical_xor(a, b) & ~torch.eye(S, T, dtype=torch.bool)
+        hidden[:, 1] = False
+        return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+    rewritten(fn, *qkv(), a_mask(S, T), torch.rand(S, T) > 0.5).assert_equal()
+
+
+def test_a_forbidding_mask_that_is_written_stays_right(rewritten: Rewritten) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        scores = (q @ k.mT).masked_fill(a, -math.inf)
+        a.zero_()
+        return scores.softmax(-1) @ v
+
+    hidden = ~a_mask(S, T)
+    rewritten(fn, *qkv(), hidden).assert_equal()
+
+
+def test_keys_and_values_whose_repeats_cannot_be_undone_together_stay_right(
+    rewritten: Rewritten,
+) -> None:
+    # Keys of two heads and values of four, of another batch layout.
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = k.repeat_interleave(2, 1)
+        v = v.transpose(0, 1).contiguous().transpose(0, 1)
+        return (q @ k.mT).softmax(-1) @ v
+
+    q, k, _ = qkv(kv_heads=2)
+    rewritten(fn, q, k, torch.randn(B, H, T, D)).assert_equal()

@@ -30,7 +30,7 @@ class Sizes:
     t: int = 10
 
 
-def inputs(sizes: Sizes = Sizes()) -> dict[str, Tensor]:  # noqa: B008 (frozen)
+def inputs(sizes: Sizes = Sizes()) -> dict[str, Tensor]:
     torch.manual_seed(0)
     kept = torch.ones(B, sizes.t, dtype=torch.bool)
     kept[0, :2] = False
@@ -115,9 +115,7 @@ class Model:
 
     score: Callable[[Env], Tensor] = products
     index_mask: Callable[[Env, Tensor], Tensor] = lambda e, x: x.masked_fill(~visible(e), -math.inf)
-    select: Callable[[Env, Tensor], Tensor] = lambda e, x: x.topk(
-        min(K, x.shape[-1]), dim=-1
-    ).indices
+    select: Callable[[Env, Tensor], Tensor] = lambda e, x: x.topk(min(K, x.shape[-1]), dim=-1).indices
     scatter: Callable[[Env, Tensor], Tensor] = lambda e, i: torch.zeros(
         B, e["q"].shape[2], e["k"].shape[2], dtype=torch.bool
     ).scatter(-1, i, True)
@@ -137,12 +135,12 @@ class Model:
         return lambda *tensors: self(dict(zip(values, tensors, strict=True)))
 
 
-def run(rewritten: Rewritten, model: Any, sizes: Sizes = Sizes(), **more: Tensor) -> Any:  # noqa: B008
+def run(rewritten: Rewritten, model: Any, sizes: Sizes = Sizes(), **more: Tensor) -> Any:
     values = inputs(sizes) | more
     return rewritten(lambda *x: model(dict(zip(values, x, strict=True))), *values.values())
 
 
-def assert_valid_rows_equal(outcome: Any, sizes: Sizes = Sizes()) -> None:  # noqa: B008
+def assert_valid_rows_equal(outcome: Any, sizes: Sizes = Sizes()) -> None:
     """Compares rows that may see a token: rows 0 and 1 of sequence 0 see padding alone in a prefill."""
     actual, expected = outcome.actual, outcome.expected
     if isinstance(actual, tuple):
@@ -269,13 +267,10 @@ def test_unknown_lengths_keep_the_constant_k(rewritten: Rewritten) -> None:
 
     def arguments(b: int, s: int, t: int) -> tuple[Tensor, ...]:
         return tuple(
-            torch.randn(b, n, width)
-            for n, width in ((s, H * D), (t, H * D), (s, HI * DI), (t, DI), (s, HI))
+            torch.randn(b, n, width) for n, width in ((s, H * D), (t, H * D), (s, HI * DI), (t, DI), (s, HI))
         )
 
-    outcome = rewritten(
-        model, *arguments(2, 9, 11), symbolic=True, others=[arguments(3, 7, 10)]
-    )
+    outcome = rewritten(model, *arguments(2, 9, 11), symbolic=True, others=[arguments(3, 7, 10)])
     outcome.assert_equal()
     assert outcome.site.indexer is not None, outcome.site.note
     assert outcome.site.indexer.topk == K
@@ -351,9 +346,7 @@ def _head_scores_returned(e: Env) -> Any:
     "model",
     [_indices_returned, _indices_counted, _values_returned, _scores_returned, _head_scores_returned],
 )
-def test_a_selection_that_is_needed_elsewhere_stays_a_mask(
-    model: Any, rewritten: Rewritten
-) -> None:
+def test_a_selection_that_is_needed_elsewhere_stays_a_mask(model: Any, rewritten: Rewritten) -> None:
     as_a_mask(run(rewritten, model), Reason.USERS)
 
 
@@ -417,9 +410,7 @@ def test_an_attention_that_sees_more_than_its_indexer_stays_a_mask(rewritten: Re
 def test_an_indexer_that_masks_by_other_padding_stays_a_mask(rewritten: Rewritten) -> None:
     other = torch.ones(B, 10, dtype=torch.bool)
     other[1, 3] = False
-    model = Model(
-        index_mask=lambda e, x: x.masked_fill(~(causal(e) & e["other"][:, None]), -math.inf)
-    )
+    model = Model(index_mask=lambda e, x: x.masked_fill(~(causal(e) & e["other"][:, None]), -math.inf))
     as_a_mask(run(rewritten, model, other=other), Reason.MASK, "attention may see tokens")
 
 
@@ -508,9 +499,7 @@ def test_opposite_masks_are_not_one(rewritten: Rewritten) -> None:
 
     for fn in (model, either):
         outcome = run(rewritten, fn, hidden=hidden)
-        outcome.actual, outcome.expected = (
-            torch.nan_to_num(x) for x in (outcome.actual, outcome.expected)
-        )
+        outcome.actual, outcome.expected = (torch.nan_to_num(x) for x in (outcome.actual, outcome.expected))
         outcome.assert_equal()
 
 

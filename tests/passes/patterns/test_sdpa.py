@@ -61,9 +61,7 @@ GROUPED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("spelling", list(GROUPED))
-def test_grouped_heads_are_read_once_whatever_spells_them(
-    spelling: str, rewritten: Rewritten
-) -> None:
+def test_grouped_heads_are_read_once_whatever_spells_them(spelling: str, rewritten: Rewritten) -> None:
     grow = GROUPED[spelling]
     outcome = rewritten(lambda q, k, v: sdpa(q, grow(k), grow(v)), *qkv(kv_heads=2))
     outcome.assert_equal()
@@ -93,9 +91,7 @@ TILED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("spelling", list(TILED))
-def test_tiled_heads_are_not_mistaken_for_grouped_ones(
-    spelling: str, rewritten: Rewritten
-) -> None:
+def test_tiled_heads_are_not_mistaken_for_grouped_ones(spelling: str, rewritten: Rewritten) -> None:
     # Head i reads key head i % 2 here, and i // 2 in grouped attention.
     tile = TILED[spelling]
     outcome = rewritten(lambda q, k, v: sdpa(q, tile(k), tile(v)), *qkv(kv_heads=2))
@@ -117,9 +113,7 @@ def test_keys_and_values_of_different_head_counts(
 ) -> None:
     torch.manual_seed(0)
     k, v = torch.randn(B, k_heads, T, D), torch.randn(B, v_heads, T, D)
-    outcome = rewritten(
-        lambda q, k, v: sdpa(q, grow_k(k), grow_v(v)), torch.randn(B, H, S, D), k, v
-    )
+    outcome = rewritten(lambda q, k, v: sdpa(q, grow_k(k), grow_v(v)), torch.randn(B, H, S, D), k, v)
     outcome.assert_equal()
     assert len(outcome.sites) == 1
 
@@ -308,7 +302,9 @@ def test_a_scale_that_is_not_known_is_refused(trace: Any) -> None:
     # Tracing turns a SymFloat scale into a number; a graph made by other means keeps the node.
     captured = trace(fn, torch.randn(2, 5, 4), torch.randn(16), symbolic=True)
     (attention,) = [n for n in captured.graph.nodes if "scaled_dot" in str(n.target)]
-    (scaled,) = [n for n in captured.graph.nodes if "aten.mul" in str(n.target) and n.args[1].name[:3] == "pow"]
+    (scaled,) = [
+        n for n in captured.graph.nodes if "aten.mul" in str(n.target) and n.args[1].name[:3] == "pow"
+    ]
     attention.kwargs = {**attention.kwargs, "scale": scaled.args[1]}
     captured.module.recompile()
     decision = decide(captured)

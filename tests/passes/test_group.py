@@ -1,0 +1,106 @@
+"""Plans: one entry an attention, and the layers that share an index or a pair of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.masks import B_, load
+from clsa_compile.ir.plan import Group, Plan
+from clsa_compile.ir.sites import MaskSpec
+from clsa_compile.passes.group import describe_mask
+from clsa_compile.passes.pipeline import decide
+
+Trace = Callable[..., Captured]
+sdpa = F.scaled_dot_product_attention
+B, H, T, D, K = 2, 4, 10, 8, 3
+
+
+def q(seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(B, H, T, D)
+
+
+def selection(iq: Tensor, ik: Tensor, causal: Tensor) -> Tensor:
+    scores = torch.einsum("bshd,btd->bsht", iq, ik).relu().sum(2)
+    indices = scores.masked_fill(~causal, -math.inf).topk(K, dim=-1).indices
+    chosen = torch.zeros(B, T, T, dtype=torch.bool).scatter(-1, indices, True)
+    return (chosen & causal)[:, None]
+
+
+def plan_of(trace: Trace, fn: Any, *args: Tensor) -> Plan:
+    return decide(trace(fn, *args)).plan
+
+
+def test_layers_of_one_index_are_one_group(trace: Trace) -> None:
+    def fn(x: Tensor, y: Tensor, iq: Tensor, ik: Tensor) -> tuple[Tensor, ...]:
+        causal = torch.ones(T, T, dtype=torch.bool).tril()
+        one, two = selection(iq, ik, causal), selection(iq * 2, ik, causal)
+        return (
+            sdpa(x, y, y, attn_mask=one),
+            sdpa(x, y + 1, y, attn_mask=two),
+            sdpa(y, x, x, attn_mask=one),
+            sdpa(y, x + 1, x),
+        )
+
+    plan = plan_of(trace, fn, q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
+    index = [g for g in plan.groups if g.kind == "index"]
+    assert [(g.anchor, g.members, g.topk) for g in index] == [(0, (0, 2), K), (1, (1,), K)]
+    assert all(g.score == "sum: Max(0, dot)" for g in index)
+    assert [s.action for s in plan.sites] == ["sparse", "sparse", "sparse", "attention"]
+    assert [s.kind for s in plan.sites] == ["topk", "topk", "topk", "dense"]
+
+
+def test_layers_that_read_the_same_keys_and_values_are_one_group(trace: Trace) -> None:
+    def fn(x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return sdpa(x, k, v), sdpa(x + 1, v, k), sdpa(x + 2, k, v), sdpa(x, v, v), sdpa(x, k, v)
+
+    plan = plan_of(trace, fn, q(), q(1), q(2))
+    assert plan.groups == (Group("kv", 0, (0, 2, 4)),)
+
+
+def test_rejects_are_entries_too(trace: Trace) -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        return sdpa(x, x, x), sdpa(x, x, x, dropout_p=0.5), sdpa(x, x, x, is_causal=True)
+
+    plan = plan_of(trace, fn, q())
+    assert [(s.ordinal, s.action, s.mask) for s in plan.sites] == [
+        (0, "attention", "none"), (1, "left", ""), (2, "attention", "kv <= q"),
+    ]  # fmt: skip
+    assert plan.sites[1].reason == "dropout: dropout_p is 0.5"
+    assert plan.count("left") == 1
+
+
+def test_masks_are_described_with_the_names_of_their_tensors(trace: Trace) -> None:
+    def fn(x: Tensor, positions: Tensor, kept: Tensor, whole: Tensor) -> tuple[Tensor, ...]:
+        at = (torch.arange(T)[None] <= positions[:, None]) & kept[:, None, None]
+        return (
+            sdpa(x, x, x, attn_mask=at),
+            sdpa(x, x, x, attn_mask=whole),
+            sdpa(x, x, x, attn_mask=whole & kept[:, None, None]),
+        )
+
+    captured = trace(fn, q(), torch.arange(T), torch.ones(B, T).bool(), torch.ones(B, 1, T, T).bool())
+    sites = decide(captured).sites.attention
+    texts = [describe_mask(s.mask) for s in sites]
+    assert texts[0] == "(kv <= positions_1(q)) & Ne(kept_1(b, kv), 0)"
+    assert texts[1] == "bool tensor whole_1"
+    assert texts[2] == "Ne(kept_1(b, kv), 0) & bool tensor whole_1"
+
+
+def test_many_inputs_keep_their_own_names(trace: Trace) -> None:
+    # in1 is a prefix of in10: names are put in from the last one on.
+
+    captured = trace(lambda *a: a[0] + 1, *(torch.ones(2) for _ in range(12)))
+    inputs = tuple(n for n in captured.graph.nodes if n.op == "placeholder")
+    both = sympy.And(sympy.Ne(load(1)(B_), 0), sympy.Ne(load(10)(B_), 0))
+    text = describe_mask(MaskSpec(both, inputs))
+    assert f"{inputs[1].name}(b)" in text
+    assert f"{inputs[10].name}(b)" in text
