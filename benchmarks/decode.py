@@ -123,9 +123,7 @@ class Bench:
         """Runs the model over `ids` [B, S] after the cache; the last `keep` logits."""
         with torch.no_grad():
             torch.compiler.cudagraph_mark_step_begin()
-            output = forward(
-                input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
-            )
+            output = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=keep)
         return output.logits
 
     def ids(self, queries: int) -> Tensor:
@@ -184,9 +182,7 @@ def eager_logits(bench: Bench, ids: Tensor) -> Tensor | None:
         return None
 
 
-def decode_rows(
-    bench: Bench, settings: list[Setting], bandwidth: float, repeats: int
-) -> list[DecodeRow]:
+def decode_rows(bench: Bench, settings: list[Setting], bandwidth: float, repeats: int) -> list[DecodeRow]:
     """Measures the baseline and every setting on one decode step."""
     ids, case = bench.ids(1), bench.case
     eager = eager_logits(bench, ids)
@@ -219,9 +215,7 @@ def decode_rows(
                 baseline=baseline,
                 timing=timing,
                 floor=1e3 * floor_bytes(bench, setting) / bandwidth,
-                difference=compare(
-                    logits, baseline_logits, eager, torch.finfo(bench.model.dtype).eps
-                ),
+                difference=compare(logits, baseline_logits, eager, torch.finfo(bench.model.dtype).eps),
             )
         )
     return rows

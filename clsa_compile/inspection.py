@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from clsa_compile.backend import examine
+from clsa_compile.capture.dynamo import GraphBreak
 from clsa_compile.config import Options
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 
@@ -88,7 +89,7 @@ def inspect(
         _capture(seen.stop, True, model, args, kwargs)
     except _Stop:
         return seen.report()
-    except torch._dynamo.exc.Unsupported:
+    except GraphBreak:
         # Graph breaks: go through all graphs with made-up results instead of stopping at the first.
         seen = _Seen(chosen)
         _capture(seen.imagine, False, model, args, kwargs)

@@ -126,9 +126,7 @@ def now(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def generate(
-    model: Callable[..., Any], prompt: torch.Tensor, cache: StaticCache, tokens: int
-) -> Run:
+def generate(model: Callable[..., Any], prompt: torch.Tensor, cache: StaticCache, tokens: int) -> Run:
     """Generates `tokens` tokens greedily; prefill and decode both go through `model`."""
     cache.reset()
     chosen: list[int] = []

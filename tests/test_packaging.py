@@ -35,9 +35,7 @@ def link_problems(root: Path) -> list[str]:
 
 def stray_init_files(root: Path) -> list[Path]:
     """Lists the `__init__.py` files in folders that must not be packages by themselves."""
-    return sorted(
-        path for name in (*LINKED, "tests") for path in (root / name).rglob("__init__.py")
-    )
+    return sorted(path for name in (*LINKED, "tests") for path in (root / name).rglob("__init__.py"))
 
 
 def run_python(code: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._dynamo.exc import Unsupported as GraphBreak
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
+
+__all__ = ["GraphBreak", "capture", "higher_order", "placeholders", "subclass_input", "uses_autocast"]
 
 # Inductor reads these to know which inputs have static addresses; without them it skips CUDA graphs.
 _SPELLED = 64

@@ -89,6 +89,20 @@ def test_random_numbers_and_assertions_stay(effect: Any, trace: Trace) -> None:
     assert before >= len(ops(captured)) >= 2
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.ops.prims.convert_element_type.default,  # not ours to judge
+        torch.ops.aten._functional_assert_async.msg,
+        torch.ops.aten._make_dep_token.default,
+        torch.ops.aten.sym_constrain_range.default,
+    ],
+)
+def test_other_libraries_and_checks_are_not_called_pure(target: Any) -> None:
+    graph = torch.fx.Graph()
+    assert not is_pure(graph.call_function(target, (graph.placeholder("x"),)))
+
+
 def test_size_arithmetic_goes(trace: Trace) -> None:
     def fn(x: Tensor) -> Tensor:
         torch.empty(x.shape[0] * 2 + 1)

@@ -224,6 +224,9 @@ def sinks(form: str) -> Callable[..., Tensor]:
             per_head = per_head + torch.arange(S).view(1, 1, S, 1)
         if form == "in front":
             return torch.cat([per_head, scores], dim=-1).softmax(-1)[..., 1:] @ v
+        if form == "two columns in one":
+            wide = torch.cat([scores, per_head.expand(B, H, S, 2)], dim=-1).softmax(-1)
+            return wide[..., :-1] @ F.pad(v, (0, 0, 0, 1), value=1.0)
         if form == "two columns":
             joined = torch.cat([scores, per_head, per_head], dim=-1)
             return joined.softmax(-1)[..., :-2] @ v
@@ -269,12 +272,25 @@ def refused(outcome: Any, reason: Reason, detail: str = "") -> None:
         ("not cut", Reason.SHAPE),
         ("in front", Reason.LAYOUT),
         ("two columns", Reason.LAYOUT),
+        ("two columns in one", Reason.LAYOUT),
         ("mask on the sinks", Reason.LAYOUT),
         ("per query", Reason.LAYOUT),
     ],
 )
 def test_sinks_in_any_other_form_are_refused(form: str, reason: Reason, rewritten: Rewritten) -> None:
     refused(rewritten(sinks(form), *qkv(), a_mask(B, 1, S, T), torch.randn(H)), reason)
+
+
+def test_rows_joined_to_the_scores_are_no_sinks(rewritten: Rewritten) -> None:
+    # With one key, a row more has the shape that a sink's column has.
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return torch.cat([scores, scores.new_zeros(B, H, 1, 1)], dim=2).softmax(-1) @ v
+
+    q, k, v = qkv(t=1)
+    outcome = rewritten(fn, q, k, v)
+    outcome.assert_equal()
+    assert not outcome.sites
 
 
 def test_the_last_column_cut_off_without_sinks_is_refused(rewritten: Rewritten) -> None:

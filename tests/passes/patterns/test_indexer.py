@@ -441,6 +441,24 @@ def test_a_k_that_depends_on_the_length_stays_a_mask(rewritten: Rewritten) -> No
     assert "not a constant" in outcome.site.note
 
 
+def test_index_heads_that_are_not_known_stay_a_mask(rewritten: Rewritten) -> None:
+    def model(x: Tensor, iq: Tensor, ik: Tensor) -> Tensor:
+        b, t = x.shape[:2]
+        heads = x.view(b, t, H, D).transpose(1, 2)
+        allow = torch.arange(t)[None] <= torch.arange(t)[:, None]
+        scores = torch.einsum("bshd,btd->bsht", iq, ik).sum(2).masked_fill(~allow, -math.inf)
+        indices = scores.topk(torch.sym_min(K, t), dim=-1).indices
+        chosen = torch.zeros(b, t, t, dtype=torch.bool).scatter(-1, indices, True)
+        mask = (chosen & allow)[:, None]
+        return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+
+    arguments = torch.randn(2, 9, H * D), torch.randn(2, 9, 7, 5), torch.randn(2, 9, 5)
+    outcome = rewritten(model, *arguments, symbolic=True)
+    outcome.assert_equal()
+    assert outcome.site.indexer is None
+    assert ": shape: " in outcome.site.note
+
+
 def test_an_index_key_written_between_its_product_and_the_selection_stays_a_mask(
     rewritten: Rewritten,
 ) -> None:
