@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.fx import GraphModule
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from clsa_compile.backend import examine
@@ -63,10 +63,12 @@ class Report:
 
     def __str__(self) -> str:
         counts = self.counts()
+        graphs = "graph" if len(self.plans) == 1 else "graphs"
         lines = [
-            f"clsa: {counts['sites']} attentions in {len(self.plans)} graph{'' if len(self.plans) == 1 else 's'}: "
-            f"{counts['sparse_attention']} sparse over selected tokens ({counts['index_topk']} indexers run), "
-            f"{counts['attention']} dense with each key read once, {counts['left']} left as they were"
+            f"clsa: {counts['sites']} attentions in {len(self.plans)} {graphs}: "
+            f"{counts['sparse_attention']} sparse over selected tokens "
+            f"({counts['index_topk']} indexers run), {counts['attention']} dense with each key read once, "
+            f"{counts['left']} left as they were"
         ]
         lines += [f"left to Inductor whole: {reason}" for reason in self.left_graphs]
         for plan in self.plans:

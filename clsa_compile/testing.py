@@ -34,7 +34,7 @@ _MLA: dict[str, Any] = {
 }
 # With few index heads, ReLU scores tie exactly at the k boundary and eager's own choice is arbitrary.
 _DSA: dict[str, Any] = {**_MLA, "index_n_heads": 32, "index_head_dim": 16, "index_topk": 8}
-_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_WINDOW: dict[str, Any] = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -58,7 +58,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5,
         "intermediate_size": [128] * 5,
         "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+        "layer_types": [*_WINDOW["layer_types"], *_WINDOW["layer_types"], "full_attention"],
         "num_kv_shared_layers": 2,
         "vocab_size_per_layer_input": 128,
         "hidden_size_per_layer_input": 16,

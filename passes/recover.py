@@ -93,11 +93,13 @@ class Leaves:
     selections: list[Selection] = field(default_factory=list)
 
     def load(self, node: Node) -> Any:
+        """Returns the function that stands for a tensor."""
         if node not in self.nodes:
             self.nodes.append(node)
         return sympy.Function(f"leaf{self.nodes.index(node)}", integer=True)
 
     def select(self, selection: Selection) -> Any:
+        """Returns the function that stands for a selection."""
         if selection not in self.selections:
             self.selections.append(selection)
         return sympy.Function(f"sel{self.selections.index(selection)}", integer=True)

@@ -127,7 +127,7 @@ def _reads_heads(mask: MaskSpec) -> bool:
 
 
 def _needed_mask(site: AttentionSite) -> MaskSpec:
-    """Returns what attention must check by itself: nothing, where the index was chosen under the same mask."""
+    """Returns what attention must check by itself: nothing where the index was chosen under that mask."""
     if site.indexer is None or canonical(site.mask) != canonical(site.indexer.mask):
         return site.mask
     tensor = site.mask.tensor

@@ -11,7 +11,26 @@ from torch.fx import Graph, Node
 # FX's own dead-code elimination drops in-place methods; this list says what may go instead.
 _PURE_BUILTINS: frozenset[Any] = frozenset(
     getattr(operator, name)
-    for name in "getitem add sub mul truediv floordiv mod neg eq ne lt le gt ge and_ or_ not_ pow".split()
+    for name in (
+        "getitem",
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "neg",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and_",
+        "or_",
+        "not_",
+        "pow",
+    )
 ) | {
     torch.sym_max,
     torch.sym_min,

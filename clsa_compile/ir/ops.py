@@ -118,10 +118,10 @@ def attention_reference(
     """Dense attention with grouped heads: out [B, H, S, Dv] in q's dtype, lse [B, H, S] in fp32.
 
     q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv]. `mask` is boolean or additive and broadcasts
-    to [B, H, S, T]; `predicate` is AND-ed to it. Additive values at the dtype's lowest count as forbidden: a row
-    that has no other gives a mean of v or zeros, as in eager code it is padding. `bounds` int32 [B, S, 2] is a half-open hint that may be
-    loose, and is not needed here. `sinks` [H] joins the softmax's denominator and no value; the lse is
-    that of the scores without the sink. `softcap` 0 means none.
+    to [B, H, S, T]; `predicate` is AND-ed to it. Additive values at the dtype's lowest count as forbidden: a
+    row that has no other is padding, and gives zeros or a mean of v. `bounds` int32 [B, S, 2] is a half-open
+    hint that may be loose, and is not needed here. `sinks` [H] joins the softmax's denominator and no value;
+    the lse is that of the scores without the sink. `softcap` 0 means none.
     """
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     scores = _grouped_scores(q, k, scale, softcap)

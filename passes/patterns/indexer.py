@@ -158,7 +158,7 @@ def canonical(spec: MaskSpec) -> tuple[frozenset[Any], Any]:
         parts.add(part)
     tensor = None
     if spec.tensor is not None:
-        b, _, q, kv = spec.tensor.dims
+        _, _, q, kv = spec.tensor.dims
         tensor = (spec.tensor.root, q, kv, spec.forbids)
     return frozenset(parts), tensor
 

@@ -47,9 +47,9 @@ def product(node: Node) -> Product | None:
     return Product(
         node,
         left,
-        _batch(a, rank) + (_at(a[-2], dim(rank - 2)), _at(a[-1], SUM)),
+        (*_batch(a, rank), _at(a[-2], dim(rank - 2)), _at(a[-1], SUM)),
         right,
-        _batch(b, rank) + (_at(b[-2], SUM), _at(b[-1], dim(rank - 1))),
+        (*_batch(b, rank), _at(b[-2], SUM), _at(b[-1], dim(rank - 1))),
         a[-1],
     )
 
