@@ -362,6 +362,50 @@ def test_what_is_materialised_stays_a_tensor_and_keeps_its_values(build: Any, tr
     assert found.spec.tensor is not None
 
 
+ARITHMETIC: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+    "quotient of both positions": lambda e: (Q() + K()) // 2 != 0,
+    "remainder of both positions": lambda e: (Q() + K()) % 2 == 0,
+    "not a remainder": lambda e: ~((Q() + K()) % 3 != 0),
+    "division towards zero": lambda e: torch.div(K() - 3, 2, rounding_mode="trunc") <= Q() - 1,
+    "division towards zero by a tensor": lambda e: torch.div(K() - 3, Q() + 1, rounding_mode="trunc") == 0,
+    "true division": lambda e: K() / 2 <= Q(),
+    "real positions": lambda e: torch.arange(0.0, T / 2, 0.5)[None] <= Q(),
+    "real remainder": lambda e: torch.arange(0.0, T)[None].remainder(2.0) <= Q(),
+    "real absolute value": lambda e: (torch.arange(0.0, T)[None] - 2.5).abs() <= Q(),
+    "real bound": lambda e: K() <= 2.5,
+    "counted": lambda e: e["padding"].cumsum(-1)[:, None, None] <= Q() + 1,
+    "added with a factor": lambda e: torch.add(K(), Q(), alpha=-2) <= 0,
+    "exclusive or": lambda e: (K() <= Q()) ^ e["kept"][:, None, None],
+    "product of conditions": lambda e: (K() <= Q()) * e["kept"][:, None, None],
+    "a condition as a number": lambda e: (K() <= Q()).long() + 1 > 1,
+    "bits of integers": lambda e: (e["padding"][:, None, None] & 1).bool(),
+    "inverted integers": lambda e: ~e["padding"][:, None, None] == -1,
+    "powers": lambda e: K() ** 2 <= Q() + 4,
+    "clamped": lambda e: K().clamp(max=3) <= Q(),
+}
+
+
+@pytest.mark.parametrize("name", list(ARITHMETIC))
+def test_arithmetic_of_every_kind_is_right_whether_it_is_read_or_not(
+    name: str, trace: Trace, rewritten: Rewritten
+) -> None:
+    inputs = world(B, H, S, T, seed=3).inputs
+
+    def fn(*values: Tensor) -> Tensor:
+        return ARITHMETIC[name](dict(zip(inputs, values, strict=True)))
+
+    check(trace(fn, *inputs.values()), list(inputs.values()), (B, H, S, T))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *values: Tensor) -> Tensor:
+        # A row that sees nothing says nothing: the first key is always seen.
+        mask = fn(*values) | (K() == 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    outcome = rewritten(attention, *qkv(), *inputs.values())
+    outcome.assert_equal()
+    assert len(outcome.sites) == 1, "what is not read is carried as a tensor"
+
+
 def test_additive_constants_that_forbid_are_told_from_those_that_do_not() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert is_lowest(torch.finfo(dtype).min)
@@ -567,6 +611,12 @@ def selections(form: str) -> Callable[[Tensor], Tensor]:
         if form == "wrong axis":
             indices = scores.topk(2, dim=1).indices
             return torch.zeros(b, s, t, dtype=torch.bool).scatter(1, indices, True)
+        if form == "the largest":
+            best = scores.max(-1, keepdim=True).indices
+            return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, best, True)
+        if form == "a sort":
+            order = scores.sort(dim=-1, descending=True).indices
+            return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, order, True)
         if form == "part of the indices":
             return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, indices[..., :1], True)
         if form == "base that varies":
@@ -592,7 +642,7 @@ def test_a_selection_is_seen_through_its_scatter(form: str, trace: Trace) -> Non
 
 @pytest.mark.parametrize(
     "form",
-    ["forbidden", "smallest", "wrong axis", "part of the indices", "base that varies", "transposed",
+    ["forbidden", "the largest", "a sort", "smallest", "wrong axis", "part of the indices", "base that varies", "transposed",
      "values"],
 )  # fmt: skip
 def test_what_only_looks_like_a_selection_is_none(form: str, trace: Trace) -> None:
