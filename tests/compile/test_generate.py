@@ -19,7 +19,12 @@ def test_generate_with_a_compile_config_gives_the_eager_tokens() -> None:
     ids = torch.randint(1, 128, (2, 10), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    settings = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
     expected = model.generate(ids, disable_compile=True, **settings)
     config = CompileConfig(backend="clsa", mode=None, options={"strict": True})
     config._compile_all_devices = True  # generate compiles on a CPU only when told so

@@ -642,9 +642,18 @@ def test_a_selection_is_seen_through_its_scatter(form: str, trace: Trace) -> Non
 
 @pytest.mark.parametrize(
     "form",
-    ["forbidden", "the largest", "a sort", "smallest", "wrong axis", "part of the indices", "base that varies", "transposed",
-     "values"],
-)  # fmt: skip
+    [
+        "forbidden",
+        "the largest",
+        "a sort",
+        "smallest",
+        "wrong axis",
+        "part of the indices",
+        "base that varies",
+        "transposed",
+        "values",
+    ],
+)
 def test_what_only_looks_like_a_selection_is_none(form: str, trace: Trace) -> None:
     captured = trace(selections(form), torch.randn(2, 3, 6))
     found = recovered_from(captured, roles=(0, 2, 3))
