@@ -272,27 +272,20 @@ def _same_heads(candidate: Candidate) -> tuple[Operand, Operand, int]:
 
 
 def _mask(context: Context, candidate: Candidate) -> tuple[MaskSpec, IndexerSite | None, bool, str]:
+    """Returns the mask, the indexer, whether the model selects tokens, and why a selection is not taken."""
     recovered = context.reader.recover(candidate.masks, candidate.roles)
-    if recovered is not None and _inputs_stay(context, recovered, candidate):
-        indexer, note = None, ""
-        if recovered.selection is None:
-            return _with_causal(recovered.spec, candidate), None, False, ""
-        try:
-            indexer = context.indexer(context, recovered.selection, recovered)
-        except Refused as refusal:
-            note = f"the selection is applied as a mask: {refusal.reason}: {refusal.detail}"
-        if indexer is not None:
-            return _with_causal(recovered.spec, candidate), indexer, True, ""
+    if recovered is None or not _inputs_stay(context, recovered, candidate):
+        selects = _reads_topk(candidate.masks)
+        note = "the selection is applied as a mask: its form is not known" if selects else ""
+        return _as_tensor(context, candidate), None, selects, note
+    if recovered.selection is None:
+        return _with_causal(recovered.spec, candidate), None, False, ""
+    try:
+        indexer = context.indexer(context, recovered.selection, recovered)
+    except Refused as refusal:
+        note = f"the selection is applied as a mask: {refusal.reason}: {refusal.detail}"
         return _as_tensor(context, candidate), None, True, note
-    spec = _as_tensor(context, candidate)
-    return (
-        spec,
-        None,
-        _reads_topk(candidate.masks),
-        ""
-        if not _reads_topk(candidate.masks)
-        else ("the selection is applied as a mask: its form is not known"),
-    )
+    return _with_causal(recovered.spec, candidate), indexer, True, ""
 
 
 def _with_causal(spec: MaskSpec, candidate: Candidate) -> MaskSpec:
@@ -355,8 +348,6 @@ def _reads_topk(masks: Sequence[Node | Forbids]) -> bool:
             if source not in seen and (not narrow or source.target is aten.masked_fill.Scalar):
                 seen.add(source)
                 frontier.append(source)
-        if node.target is aten.topk.default:
-            return True
     return False
 
 

@@ -614,6 +614,9 @@ def selections(form: str) -> Callable[[Tensor], Tensor]:
         if form == "the largest":
             best = scores.max(-1, keepdim=True).indices
             return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, best, True)
+        if form == "one in the middle":
+            middle = scores.kthvalue(2, -1, True).indices
+            return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, middle, True)
         if form == "a sort":
             order = scores.sort(dim=-1, descending=True).indices
             return torch.zeros(b, s, t, dtype=torch.bool).scatter(-1, order, True)
@@ -645,6 +648,7 @@ def test_a_selection_is_seen_through_its_scatter(form: str, trace: Trace) -> Non
     [
         "forbidden",
         "the largest",
+        "one in the middle",
         "a sort",
         "smallest",
         "wrong axis",

@@ -289,8 +289,7 @@ def test_rows_joined_to_the_scores_are_no_sinks(rewritten: Rewritten) -> None:
 
     q, k, v = qkv(t=1)
     outcome = rewritten(fn, q, k, v)
-    outcome.assert_equal()
-    assert not outcome.sites
+    refused(outcome, Reason.LAYOUT, "aten.cat")
 
 
 def test_the_last_column_cut_off_without_sinks_is_refused(rewritten: Rewritten) -> None:
