@@ -20,10 +20,10 @@ def test_arithmetic_comparisons_and_logic_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("__import__('os')", "may not contain"),
+        ("__import__('os')", "may not contain|names __import__"),
         ("x.args", "may not contain Attribute"),
         ("[x]", "may not contain List"),
-        ("(lambda: x)()", "may not contain"),
+        ("(lambda: x)()", "calls something that has no name"),
         ("y + 1", "names y"),
         ("x +", "cannot read"),
         ("9**9**9", "power"),
