@@ -147,9 +147,8 @@ class Reader:
 
     def _is_written(self, node: Node) -> bool:
         """Tells whether a value is written in place, so that what made it does not say what it holds."""
-        return any(write is not node for write in self.order.writes(node)) or (
-            bool(self.order.writes(node)) and node.target is not aten.scatter_.value
-        )
+        writes = self.order.writes(node)
+        return bool(writes) and not (node.target is aten.scatter_.value and writes == [node])
 
     def _leaf(self, node: Node) -> Element:
         if not is_tensor(node) or self.order.written_after(node):
@@ -173,7 +172,7 @@ class Reader:
             return selected
         one = step(node)
         if one is not None:
-            return self._through(self.read(one.root), one.index, node)
+            return self._through(self.read(one.root), one.index)
         if is_cast(node):
             return self._cast(node)
         rule = _RULES.get(node.target)
@@ -181,7 +180,7 @@ class Reader:
             raise Unreadable
         return rule(self, node)
 
-    def _through(self, element: Element, index: tuple[Any, ...], node: Node) -> Element:
+    def _through(self, element: Element, index: tuple[Any, ...]) -> Element:
         table = {dim(i): e for i, e in enumerate(index)}
         return _map(element, _substitution(table))
 
@@ -214,7 +213,7 @@ class Reader:
         rank, own = node.meta["val"].dim(), shape(value)
         shift = rank - len(own)
         index = tuple(sympy.S.Zero if own[i] == 1 else dim(i + shift) for i in range(len(own)))
-        return self._through(self.read(value), index, node)
+        return self._through(self.read(value), index)
 
     def _selection(self, node: Node) -> Element | None:
         """A constant mask with the top-k's positions scattered into it."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch._dynamo.exc import Unsupported as GraphBreak
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
+from clsa_compile.passes.emit import Emitter
 
 __all__ = ["GraphBreak", "capture", "higher_order", "placeholders", "subclass_input", "uses_autocast"]
 
@@ -68,11 +66,12 @@ def capture(module: GraphModule) -> Captured:
                 tracing_mode="real",
             )(*values)
         _carry_over(module, traced)
-        _spell_out_constants(traced, fake_mode)
+        captured = Captured(traced, fake_mode, "dynamo")
+        _spell_out_constants(captured)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise CaptureError(f"the graph could not be traced: {type(error).__name__}: {reason}") from error
-    return Captured(traced, fake_mode, "dynamo")
+    return captured
 
 
 def _fake_mode(module: GraphModule) -> FakeTensorMode:
@@ -98,12 +97,13 @@ def _carry_over(source: GraphModule, traced: GraphModule) -> None:
     traced.recompile()
 
 
-def _spell_out_constants(module: GraphModule, fake_mode: FakeTensorMode) -> None:
+def _spell_out_constants(captured: Captured) -> None:
     """Turns tensor constants into ops that make them.
 
     Tracing keeps `torch.tensor(...)` as a buffer of the graph, which AOTAutograd refuses because Dynamo
     knows no source for it; as ops, masks can read them too.
     """
+    module = captured.module
     for node in list(module.graph.nodes):
         if node.op != "get_attr":
             continue
@@ -116,8 +116,7 @@ def _spell_out_constants(module: GraphModule, fake_mode: FakeTensorMode) -> None
             object.__setattr__(module, str(node.target), value)
             continue
         with module.graph.inserting_before(node):
-            made = _spelled(module, value, fake_mode)
-        made.meta.update({k: v for k, v in node.meta.items() if k != "val"})
+            made = _spelled(Emitter(captured, node), value)
         _replace_lifted(module, node, made)
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
@@ -136,22 +135,15 @@ def _replace_lifted(module: GraphModule, node: Node, made: Node) -> None:
     module.graph.erase_node(node)
 
 
-def _spelled(module: GraphModule, value: torch.Tensor, fake_mode: FakeTensorMode) -> Node:
-    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = module.graph.call_function(target, args, kwargs)
-        with fake_mode:
-            inputs = map_arg(args, lambda n: n.meta["val"])
-            node.meta["val"] = target(*inputs, **kwargs)
-        return node
-
+def _spelled(emit: Emitter, value: torch.Tensor) -> Node:
     aten = torch.ops.aten
     place = {"dtype": value.dtype, "device": value.device}
     flat = value.reshape(-1).tolist()
     if len(set(map(repr, flat))) <= 1:
-        return call(aten.full.default, list(value.shape), flat[0] if flat else 0, **place)
-    parts = [call(aten.full.default, [], element, **place) for element in flat]
-    stacked = call(aten.stack.default, parts)
+        return emit.call(aten.full.default, list(value.shape), flat[0] if flat else 0, **place)
+    parts = [emit.call(aten.full.default, [], element, **place) for element in flat]
+    stacked = emit.call(aten.stack.default, parts)
     if value.dim() == 1:
         return stacked
     # A tensor of its own, not a view: what follows may write it.
-    return call(aten.clone.default, call(aten.view.default, stacked, list(value.shape)))
+    return emit.call(aten.clone.default, emit.call(aten.view.default, stacked, list(value.shape)))
