@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch._dynamo.exc import Unsupported as GraphBreak
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from clsa_compile.capture.replay import Replaying
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.emit import Emitter
@@ -58,10 +59,10 @@ def capture(module: GraphModule) -> Captured:
     values = [n.meta.get("example_value") for n in inputs]
     fake_mode = _fake_mode(module)
     try:
-        # `torch.fx.Interpreter` keeps every node's origin while the dispatcher is traced.
+        # An interpreter keeps every node's origin while the dispatcher is traced.
         with fake_mode, preserve_node_meta():
             traced = make_fx(
-                Interpreter(module, garbage_collect_values=False).run,
+                Replaying(module).run,
                 pre_dispatch=True,
                 tracing_mode="real",
             )(*values)

@@ -21,7 +21,7 @@ WRITTEN = {
     "combine": {"out_ptr", "lse_ptr"},
     "index_scan_decode": {"scores_ptr"},
     "index_scan_rows": {"scores_ptr"},
-    "select_count": {"counts_ptr", "above_ptr", "state_ptr"},
+    "select_pick": {"list_ptr", "info_ptr"},
     "select_emit": {"out_ptr"},
 }
 
