@@ -53,12 +53,12 @@ def clsa(
         return _inductor_alone(gm, example_inputs, chosen, *left)
     try:
         module = transform(gm, chosen)
-    except (StrictError, OptionError, MissingTritonError):
+    except (StrictError, OptionError):
         raise
     except ClsaError as error:
         if chosen.strict:
             raise
-        return _inductor_alone(gm, example_inputs, chosen, _why(gm), str(error))
+        return _inductor_alone(gm, example_inputs, chosen, _why(gm, error), str(error))
     try:
         return _inductor(module, example_inputs, chosen)
     except Exception as error:
@@ -78,7 +78,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     except ClsaError as error:
         if options.strict:
             raise
-        return f"{_why(gm)}: {error}"
+        return f"{_why(gm, error)}: {error}"
     _report_left(plan, options)
     return plan
 
@@ -111,11 +111,11 @@ def variants_for(captured: Captured) -> tuple[Variant, ...]:
     if "cuda" not in devices:
         return ()
     try:
-        from clsa_compile.kernels.catalog import VARIANTS
+        import triton  # noqa: F401
     except ImportError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
         raise MissingTritonError from error
+    from clsa_compile.kernels.catalog import VARIANTS
+
     return VARIANTS
 
 
@@ -147,8 +147,10 @@ def _left_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Reason,
     return None
 
 
-def _why(gm: GraphModule) -> Reason:
+def _why(gm: GraphModule, error: ClsaError) -> Reason:
     """Returns what a graph that could not be transformed is left for."""
+    if isinstance(error, MissingTritonError):
+        return Reason.TRITON
     return Reason.CAPTURE if higher_order(gm) is None else Reason.HIGHER_ORDER
 
 

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     AUTOCAST = "autocast"  # autocast decides dtypes at run time
     SUBCLASS = "subclass"  # a tensor subclass (DTensor, quantised) is not a plain tensor
     HIGHER_ORDER = "higher_order"  # attention behind a higher-order op
+    TRITON = "triton"  # kernels for CUDA cannot be generated without Triton
     INDUCTOR = "inductor"  # Inductor failed on the rewritten graph
     CAPTURE = "capture"  # the graph could not be brought into the dialect
 

@@ -100,13 +100,12 @@ def select(
     if listed:
         shared |= {
             "list_ptr": scores.new_empty((lines, nt, capacity), dtype=torch.int64),
-            "info_ptr": scores.new_empty((lines, nt, 4), dtype=torch.int32),
+            "info_ptr": scores.new_empty((lines, nt, 3), dtype=torch.int32),
             "CAPACITY": capacity,
             "NT": nt,
-            "BLOCK_N": CHUNK,
         }
         jit = kernel("select_pick", bounds=bounds is not None)
-        wrap(jit)[(lines, nt)](**shared, SAMPLE=SAMPLE, CAP=cap, num_warps=8)
+        wrap(jit)[(lines, nt)](**shared, SAMPLE=SAMPLE, CAP=cap, BLOCK_N=CHUNK, num_warps=8)
         shared["LEVELS"] = nt.bit_length() - 1
     # A row that is held whole needs no list.
     width = cap if listed else power_of_two(padded(t))

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, distributed, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import clsa_compile.backend
 from clsa_compile import ClsaWarning, OptionError, StrictError
-from clsa_compile.backend import clsa
-from clsa_compile.errors import CaptureError, PassError, VerifyError
+from clsa_compile.backend import clsa, variants_for
+from clsa_compile.errors import CaptureError, MissingTritonError, PassError, VerifyError
+from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import Reason
 from clsa_compile.passes import pipeline
 from clsa_compile.testing import generate_steps, largest_difference, tiny
@@ -152,6 +158,18 @@ def test_quantised_weights_and_adapters_are_rewritten(layer: Any, without_induct
     assert counters["clsa"]["attention"] == 1
 
 
+def test_peft_adapters_are_rewritten(without_inductor: list[Any]) -> None:
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny("llama"), adapters).eval()
+    ids = torch.randint(0, 128, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        actual, messages = caught(lambda: compiled(model)(ids).logits)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert messages == []
+    assert counters["clsa"]["attention"] == counters["clsa"]["sites"] == 2
+
+
 def test_every_way_of_asking_for_the_backend(without_inductor: list[Any]) -> None:
     x = torch.randn(B, S, WIDTH)
     expected = Attention()(x)
@@ -267,6 +285,31 @@ def test_tensor_subclasses_are_left_alone(without_inductor: list[Any]) -> None:
     torch.testing.assert_close(actual.b, expected.b, atol=1e-5, rtol=1e-5)
     assert "subclass" in message
     assert "TwoTensor" in message
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_models_sharded_by_dtensor_are_left_alone(one_rank: Any, without_inductor: list[Any]) -> None:
+    model = tiny("llama")
+    ids = torch.randint(0, 128, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+    ways = {"q_proj": ColwiseParallel, "k_proj": ColwiseParallel, "v_proj": ColwiseParallel}
+    ways |= {"o_proj": RowwiseParallel}
+    plan = {f"model.layers.*.self_attn.{name}": way() for name, way in ways.items()}
+    parallelize_module(model, one_rank, plan)
+    with torch.no_grad():
+        actual, (message,) = caught(lambda: compiled(model)(ids).logits)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert "q_proj" in message
+    assert "is a DTensor" in message
+    assert counters["clsa"]["left_graphs_subclass"] == 1
 
 
 @pytest.mark.parametrize("left", ["training", "autocast", "subclass"])
@@ -406,6 +449,33 @@ def test_a_tracing_failure_is_a_capture_error(
     monkeypatch.setattr("clsa_compile.capture.dynamo.make_fx", broken)
     (message,) = equal(Attention(), torch.randn(B, S, WIDTH))
     assert "could not be traced: ValueError: no tracing today" in message
+
+
+def test_without_triton_a_cuda_graph_goes_to_inductor(
+    without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        x = torch.empty(B, S, WIDTH, device="cuda")
+        captured = Captured(make_fx(torch.neg)(x), mode, "dynamo")
+
+    def without_triton(_: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "triton", None)  # importing it fails; torch needs it elsewhere
+            return variants_for(captured)
+
+    with pytest.raises(MissingTritonError, match="pip install triton"):
+        without_triton(captured)
+    monkeypatch.setattr(clsa_compile.backend, "variants_for", without_triton)
+    (message,) = equal(Attention(), torch.randn(B, S, WIDTH))
+    assert "clsa left a graph to Inductor (triton)" in message
+    assert "pip install triton" in message
+    assert counters["clsa"]["left_graphs_triton"] == 1
+    (graph,) = without_inductor
+    assert not any("aten" in n for n in names(graph)), "the graph is Dynamo's own"
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises((MissingTritonError, BackendCompilerFailed), match="Triton"):
+        compiled(Attention(), strict=True)(torch.randn(B, S, WIDTH))
 
 
 # -- options -----------------------------------------------------------------------------------------
