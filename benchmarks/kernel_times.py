@@ -1,12 +1,8 @@
-"""Times each generated kernel by itself against what torch offers for the same work.
+"""What each generated kernel takes against what torch offers for the same work; run by kernels.py.
 
-    python benchmarks/kernel_times.py --out kernels.json
-    python benchmarks/kernel_times.py --only topk
-
-bfloat16, one CUDA GPU. A time is the median over replays of a CUDA graph that holds several calls on
-different data, so that no call finds its data in the L2 cache, divided by the number of calls. "read" is the
-share of the bandwidth of a plain sum on this device, counting only bytes that must be read. Each result is
-compared in the same run with one computed in float32 by torch.
+A time is the median over replays of a CUDA graph that holds several calls, on different data wherever one
+call's data would fit into the L2 cache, divided by the number of calls. Bytes are those that must be read.
+Each result is compared in the same run with one computed in float32 by torch.
 """
 
 import argparse
@@ -18,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +42,19 @@ MOST_SETS = 16
 
 @dataclass(frozen=True)
 class Result:
-    """Microseconds of one call, ours and torch's; the error of ours against float32."""
+    """Microseconds of one call, ours and torch's; the error of ours against float32.
+
+    `reads` and `flops` are what the work needs at least; `ceiling` is the share of what the chip was measured
+    to do in the same run, of bytes or of flops, whichever it is nearer to.
+    """
 
     kernel: str
     shape: str
     ours: float
     torch: float
-    read: float
+    reads: float
+    flops: float
+    ceiling: float
     error: float
     budget: float
 
@@ -59,6 +62,28 @@ class Result:
     def right(self) -> bool:
         """True when the error is within its budget."""
         return self.error <= self.budget
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the device was measured to do: bytes read in a second by a sum, flops in a second by a matmul."""
+
+    bandwidth: float
+    flops: float
+
+    def result(
+        self,
+        kernel: str,
+        shape: str,
+        times: tuple[float, float],
+        work: tuple[float, float],
+        error: float,
+        budget: float,
+    ) -> Result:
+        """Returns a Result; `times` are ours and torch's, `work` is bytes and flops."""
+        seconds = times[0] * 1e-6
+        ceiling = max(work[0] / self.bandwidth, work[1] / self.flops) / seconds
+        return Result(kernel, shape, *times, *work, ceiling, error, budget)
 
 
 @dataclass(frozen=True)
@@ -79,12 +104,18 @@ class Shape:
         return f"B={self.B} T={self.T}{filled}"
 
 
-SHAPES = (Shape(1, 131072), Shape(4, 131072), Shape(8, 32768), Shape(1, 131072, 16384))
+DENSE = (Shape(1, 131072), Shape(4, 131072), Shape(32, 32768), Shape(1, 131072, 16384))
+SPARSE = (Shape(1, 131072), Shape(4, 131072), Shape(32, 32768))
+SCANS = (Shape(1, 131072), Shape(8, 131072))
+STAGES = (Shape(1, 131072), Shape(32, 32768))
 ROWS = (
-    Shape(1, 131072), Shape(4, 131072), Shape(8, 131072), Shape(32, 131072), Shape(64, 131072),
-    Shape(1, 32768), Shape(1, 1048576),
+    Shape(1, 131072), Shape(8, 131072), Shape(64, 131072), Shape(256, 131072),
+    Shape(1, 8192), Shape(256, 8192), Shape(1, 1048576), Shape(32, 1048576), Shape(256, 1048576),
 )  # fmt: skip
 H, HKV, D, TOPK = 24, 8, 128, 2048
+# Calls in one graph: its start costs some microseconds.
+CALLS = 16
+SLOW = 1000.0  # microseconds; slower calls are made one to a graph
 
 
 def straight(kernel: Any) -> Any:
@@ -93,25 +124,32 @@ def straight(kernel: Any) -> Any:
 
 
 def graph_time(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    """Gives the median microseconds of one call, all of them recorded into one CUDA graph."""
+    """Gives the median microseconds of one call, CALLS of them recorded into one CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
             for call in calls:
                 call()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        calls[0]()
+        end.record()
     torch.cuda.synchronize()
+    slow = 1e3 * start.elapsed_time(end) > SLOW
+    many = list(islice(cycle(calls), 1 if slow else max(CALLS, len(calls))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
+        for call in many:
+            call()
     times = []
-    for _ in range(repeats + 3):
+    for _ in range((5 if slow else repeats) + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    del kept, graph
+        times.append(1e3 * start.elapsed_time(end) / len(many))
+    del graph
     return statistics.median(times[3:])
 
 
@@ -130,7 +168,7 @@ def normal(*sizes: int) -> Tensor:
     return torch.randn(sizes, device=CUDA, dtype=torch.bfloat16)
 
 
-def dense(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
+def dense(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     """Dense decode with a boolean mask over a static cache, against flash SDPA on its filled part."""
     bytes_read = 2 * shape.B * HKV * shape.keys * D * 2
     sets = [
@@ -155,35 +193,47 @@ def dense(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
     k, v = (x[:1, :, : shape.keys].float() for x in sets[0])
     exact = scaled_dot_product_attention(q[:1].float(), k, v, enable_gqa=True)
     error = relative(ours(*sets[0])[0][:1], exact)
-    share = bytes_read / (took * 1e-6) / bandwidth
-    yield Result("attention decode", str(shape), took, theirs, share, error, 2**-7)
+    work = (bytes_read, 4.0 * shape.B * H * shape.keys * D)
+    yield chip.result("attention decode", str(shape), (took, theirs), work, error, 2**-7)
 
 
-def sparse(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
+def gathered(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the chosen keys and values [B, HKV, TOPK, D], copied by torch."""
+    b, hkv, _, d = k.shape
+    rows = indices.long().view(b, 1, TOPK, 1)
+    return k.gather(2, rows.expand(b, hkv, TOPK, d)), v.gather(2, rows.expand(b, hkv, TOPK, v.shape[3]))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
+    """Is our attention over chosen tokens."""
+    args = (q, k, v, indices, None, None, [], None, D**-0.5, 0.0, "")
+    out: Tensor = LAUNCH["sparse_attention", "gather"](*args, wrap=straight)
+    return out
+
+
+def attend_by_torch(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
+    """Is the same in torch: gather, then SDPA."""
+    return scaled_dot_product_attention(q, *gathered(k, v, indices), scale=D**-0.5, enable_gqa=True)
+
+
+def sparse(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     """Attention over 2048 random tokens, against gathering them with torch and SDPA."""
     k, v = normal(shape.B, HKV, shape.T, D), normal(shape.B, HKV, shape.T, D)
     q = normal(shape.B, H, 1, D)
-    bytes_read = 2 * shape.B * HKV * TOPK * D * 2
+    yield sparse_one("sparse attention", shape, q, k, v, chip, repeats)
+
+
+def sparse_one(name: str, shape: Shape, q: Tensor, k: Tensor, v: Tensor, chip: Chip, repeats: int) -> Result:
+    """Times sparse attention over one cache."""
+    bytes_read = shape.B * k.shape[1] * TOPK * (k.shape[3] + v.shape[3]) * 2
     sets = [random_indices(shape, seed) for seed in range(sets_for(bytes_read))]
-
-    def ours(indices: Tensor) -> Tensor:
-        args = (q, k, v, indices, None, None, [], None, D**-0.5, 0.0, "")
-        return LAUNCH["sparse_attention", "gather"](*args, wrap=straight)
-
-    def gathered(indices: Tensor) -> tuple[Tensor, Tensor]:
-        rows = indices.long().view(shape.B, 1, TOPK, 1).expand(shape.B, HKV, TOPK, D)
-        return k.gather(2, rows), v.gather(2, rows)
-
-    def theirs(indices: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, *gathered(indices), enable_gqa=True)
-
-    took = graph_time([partial(ours, s) for s in sets], repeats)
-    other = graph_time([partial(theirs, s) for s in sets], repeats)
-    near = [x.float() for x in gathered(sets[0])]
-    exact = scaled_dot_product_attention(q.float(), *near, enable_gqa=True)
-    error = relative(ours(sets[0]), exact)
-    share = bytes_read / (took * 1e-6) / bandwidth
-    yield Result("sparse attention", f"{shape} k={TOPK}", took, other, share, error, 2**-7)
+    took = graph_time([partial(attend, q, k, v, s) for s in sets], repeats)
+    other = graph_time([partial(attend_by_torch, q, k, v, s) for s in sets], repeats)
+    near = [x.float() for x in gathered(k, v, sets[0])]
+    exact = scaled_dot_product_attention(q.float(), *near, scale=D**-0.5, enable_gqa=True)
+    error = relative(attend(q, k, v, sets[0]), exact)
+    work = (bytes_read, 2.0 * q[..., 0].numel() * TOPK * (k.shape[3] + v.shape[3]))
+    return chip.result(name, f"{shape} k={TOPK}", (took, other), work, error, 2**-7)
 
 
 def random_indices(shape: Shape, seed: int) -> Tensor:
@@ -193,53 +243,145 @@ def random_indices(shape: Shape, seed: int) -> Tensor:
     return torch.stack(rows).sort(-1).values.to(torch.int32).view(shape.B, 1, 1, TOPK)
 
 
-def scan(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
-    """Scores of all keys, without and with the selection: 64 index heads (DSA) and one (CLSA)."""
-    yield from scan_one(shape, 64, LIGHTNING, bandwidth, repeats)
-    yield from scan_one(shape, 1, DOT_PRODUCT, bandwidth, repeats)
+@dataclass(frozen=True)
+class Index:
+    """One index: its queries, its score, and the ways to compute and to choose."""
 
+    q: Tensor
+    weight: Tensor | None
+    score: Score
 
-def scan_one(shape: Shape, heads: int, score: Score, bandwidth: float, repeats: int) -> Iterator[Result]:
-    """Times the scan of one score."""
-    bytes_read = shape.B * shape.T * D * 2
-    sets = [normal(shape.B, 1, shape.T, D) for _ in range(sets_for(bytes_read))]
-    q = normal(shape.B, heads, 1, D)
-    weight = torch.randn(shape.B, heads, 1, device=CUDA) if score.uses_weight else None
-    given = (weight, None, None, None, [])
-
-    def scores(k: Tensor) -> Tensor:
-        args = (q, k, *given, D**-0.5, score.text, "", False)
+    def scores(self, k: Tensor) -> Tensor:
+        """Returns our scores, rows padded."""
+        args = (self.q, k, self.weight, None, None, None, [], D**-0.5, self.score.text, "", False)
         return index_decode.scan(*args, wrap=straight)
 
-    def whole(k: Tensor) -> Tensor:
-        args = (q, k, *given, TOPK, D**-0.5, score.text, "", False)
-        return LAUNCH["index_topk", "decode"](*args, wrap=straight)
+    def choose(self, k: Tensor) -> Tensor:
+        """Returns the chosen positions [B, 1, S, TOPK]."""
+        args = (self.q, k, self.weight, None, None, None, [], TOPK, D**-0.5, self.score.text, "", False)
+        name = "decode" if self.q.shape[2] == 1 else "rows"
+        out: Tensor = LAUNCH["index_topk", name](*args, wrap=straight)
+        return out
 
-    def theirs(k: Tensor) -> Tensor:
-        dot = torch.matmul(q, k.transpose(-1, -2)).float()
-        points = dot if weight is None else dot.relu() * weight.unsqueeze(-1)
+    def scores_by_torch(self, k: Tensor) -> Tensor:
+        """Returns scores [B, S, T] as torch computes them."""
+        dot = torch.matmul(self.q, k.transpose(-1, -2)).float()
+        points = dot if self.weight is None else dot.relu() * self.weight.unsqueeze(-1)
         return points.sum(1)
 
-    def theirs_too(k: Tensor) -> Any:
-        return theirs(k).topk(TOPK, sorted=False)
+    def choose_by_torch(self, k: Tensor) -> Tensor:
+        """Returns the positions that torch chooses."""
+        return self.scores_by_torch(k).topk(TOPK, sorted=False).indices.to(torch.int32).unsqueeze(1)
 
-    exact = index_scores_reference(q, sets[0], weight, None, None, [], D**-0.5, score, "", False)
-    name = f"{shape} {heads} heads"
-    took = graph_time([partial(scores, s) for s in sets], repeats)
-    other = graph_time([partial(theirs, s) for s in sets], repeats)
-    share = bytes_read / (took * 1e-6) / bandwidth
-    error = relative(scores(sets[0])[..., : shape.T], exact)
-    yield Result("index scan", name, took, other, share, error, 1e-5)
-
-    took = graph_time([partial(whole, s) for s in sets], repeats)
-    other = graph_time([partial(theirs_too, s) for s in sets], repeats)
-    share = bytes_read / (took * 1e-6) / bandwidth
-    chosen = exact.gather(-1, whole(sets[0]).long()).sort(-1, descending=True).values
-    error = relative(chosen, exact.topk(TOPK).values)
-    yield Result("index scan and top-k", name, took, other, share, error, 1e-5)
+    def exact(self, k: Tensor) -> Tensor:
+        """Returns float32 scores [B, 1, S, T]."""
+        given = (self.weight, None, None, [], D**-0.5, self.score, "", False)
+        return index_scores_reference(self.q, k, *given)
 
 
-def topk(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
+def index_of(batch: int, heads: int, queries: int = 1) -> Index:
+    """Returns an index of 64 or so heads as DSA has it, or of one as CLSA has it."""
+    q = normal(batch, heads, queries, D)
+    if heads == 1:
+        return Index(q, None, DOT_PRODUCT)
+    return Index(q, torch.randn(batch, heads, queries, device=CUDA), LIGHTNING)
+
+
+def miss(index: Index, k: Tensor) -> float:
+    """Returns how far the scores of what we choose are from the best ones."""
+    exact = index.exact(k)
+    chosen = exact.gather(-1, index.choose(k).long()).sort(-1, descending=True).values
+    return relative(chosen, exact.topk(TOPK).values)
+
+
+def scan(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
+    """Scores of all keys, without and with the selection: 64 index heads (DSA) and one (CLSA)."""
+    bytes_read = shape.B * shape.T * D * 2
+    sets = [normal(shape.B, 1, shape.T, D) for _ in range(sets_for(bytes_read))]
+    for heads in (64, 1):
+        index = index_of(shape.B, heads)
+        name = f"{shape} {heads} head{'s' if heads > 1 else ''}"
+        took = graph_time([partial(index.scores, s) for s in sets], repeats)
+        other = graph_time([partial(index.scores_by_torch, s) for s in sets], repeats)
+        error = relative(index.scores(sets[0])[..., : shape.T], index.exact(sets[0]))
+        work = (bytes_read, 2.0 * shape.B * heads * shape.T * D)
+        yield chip.result("index scan", name, (took, other), work, error, 1e-5)
+        took = graph_time([partial(index.choose, s) for s in sets], repeats)
+        other = graph_time([partial(index.choose_by_torch, s) for s in sets], repeats)
+        error = miss(index, sets[0])
+        yield chip.result("index scan and top-k", name, (took, other), work, error, 1e-5)
+
+
+def prefill(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
+    """The scan of 4096 queries with 16 heads, chunk by chunk; torch on 256 queries, all it has memory for."""
+    queries, few, heads = 4096, 256, 16
+    k = normal(1, 1, shape.T, D)
+    index = index_of(1, heads, queries)
+    recorded: list[Callable[[], object]] = []
+
+    def scans_only(kernel: Any) -> Any:
+        return kernel if kernel.__name__ == "index_scan_rows" else Nothing()
+
+    args = (index.q, k, index.weight, None, None, None, [], TOPK, D**-0.5, index.score.text, "", False)
+    recorded.append(lambda: LAUNCH["index_topk", "rows"](*args, wrap=scans_only))
+    took = graph_time(recorded, repeats)
+    part = Index(index.q[:, :, :few], index.weight[:, :, :few], index.score)  # type: ignore[index]
+    other = graph_time([partial(part.scores_by_torch, k)], repeats) * (queries / few)
+    flops = 2.0 * queries * shape.T * heads * D
+    error = miss(part, k)
+    name = f"{shape} {queries} queries {heads} heads"
+    yield chip.result("index scan, prefill", name, (took, other), (shape.T * D * 2, flops), error, 1e-5)
+
+
+class Nothing:
+    """Stands for a kernel that is not to run."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **_: None
+
+
+def stage(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
+    """The whole stage: index, choice, attention; and one index for 4 and 16 layers against dense flash."""
+    keys = normal(shape.B, 1, shape.T, D)
+    index = index_of(shape.B, 1)
+    k, v = normal(shape.B, HKV, shape.T, D), normal(shape.B, HKV, shape.T, D)
+    q = normal(shape.B, H, 1, D)
+
+    def ours(layers: int = 1) -> Tensor:
+        indices = index.choose(keys)
+        for _ in range(layers - 1):
+            attend(q, k, v, indices)
+        return attend(q, k, v, indices)
+
+    def theirs() -> Tensor:
+        return attend_by_torch(q, k, v, index.choose_by_torch(keys).squeeze(1))
+
+    def flash(layers: int) -> None:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            for _ in range(layers):
+                scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    chosen = index.choose(keys)
+    near = [x.float() for x in gathered(k, v, chosen)]
+    exact = scaled_dot_product_attention(q.float(), *near, scale=D**-0.5, enable_gqa=True)
+    error = relative(ours(), exact)
+
+    def work(layers: int) -> tuple[float, float]:
+        keys_read, rows_read = shape.T * D, layers * HKV * TOPK * D
+        return 2.0 * shape.B * (keys_read + 2 * rows_read), 2.0 * shape.B * (
+            keys_read + 2 * layers * H * TOPK * D
+        )
+
+    took, other = graph_time([ours], repeats), graph_time([theirs], repeats)
+    yield chip.result("stage, torch's way", str(shape), (took, other), work(1), error, 2**-7)
+    for layers in (4, 16):
+        took = graph_time([partial(ours, layers)], repeats)
+        other = graph_time([partial(flash, layers)], repeats)
+        name = f"{shape} {layers} layers"
+        yield chip.result("stage, dense flash", name, (took, other), work(layers), error, 2**-7)
+
+
+def topk(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     """The selection by itself, against torch.topk (unsorted).
 
     Scores come from the scan, so they are in the L2 cache where they fit, here as there.
@@ -248,27 +390,37 @@ def topk(shape: Shape, bandwidth: float, repeats: int) -> Iterator[Result]:
     scores = rows[..., : shape.T]
     out = torch.empty(shape.B, 1, 1, TOPK, dtype=torch.int32, device=CUDA)
     nt = segments(shape.B, shape.T)
-    took = graph_time([lambda: select(rows, None, out, 0, shape.T, nt, straight)] * 4, repeats)
-    other = graph_time([lambda: scores.topk(TOPK, sorted=False)] * 4, repeats)
+    took = graph_time([lambda: select(rows, None, out, 0, shape.T, nt, straight)], repeats)
+    other = graph_time([lambda: scores.topk(TOPK, sorted=False)], repeats)
     chosen = scores.gather(-1, out.long()).sort(-1, descending=True).values
     error = relative(chosen, scores.topk(TOPK).values)
-    share = 4 * shape.B * shape.T / (took * 1e-6) / bandwidth
-    yield Result("top-k", f"{shape} k={TOPK}", took, other, share, error, 0.0)
+    bytes_read = 4 * shape.B * shape.T
+    yield chip.result("top-k", f"{shape} k={TOPK}", (took, other), (bytes_read, bytes_read / 4), error, 0.0)
 
 
-Part = tuple[Callable[[Shape, float, int], Iterator[Result]], tuple[Shape, ...]]
+Part = tuple[Callable[[Shape, Chip, int], Iterator[Result]], tuple[Shape, ...]]
 PARTS: dict[str, Part] = {
-    "dense": (dense, SHAPES),
-    "sparse": (sparse, SHAPES[:3]),
-    "scan": (scan, SHAPES[:3]),
+    "dense": (dense, DENSE),
+    "sparse": (sparse, SPARSE),
+    "scan": (scan, SCANS),
     "topk": (topk, ROWS),
+    "prefill": (prefill, SCANS[:1]),
+    "stage": (stage, STAGES),
 }
 
 
-def table_of(results: Sequence[Result], bandwidth: float) -> Table:
+def matmul_rate() -> float:
+    """Returns the flops in a second of a large bfloat16 matmul."""
+    n = 8192
+    a, b = normal(n, n), normal(n, n)
+    return 2.0 * n**3 / (graph_time([lambda: a @ b], 10) * 1e-6)
+
+
+def table_of(results: Sequence[Result], chip: Chip) -> Table:
     """Returns the results as a table, one line each."""
-    table = Table(title=f"microseconds a call; {bandwidth / 1e12:.2f} TB/s read by a plain sum")
-    for name in ("kernel", "shape", "clsa", "torch", "ratio", "read", "error"):
+    peak = f"{chip.bandwidth / 1e12:.2f} TB/s read by a sum, {chip.flops / 1e12:.0f} Tflop/s by a matmul"
+    table = Table(title=f"microseconds a call; {peak}")
+    for name in ("kernel", "shape", "clsa", "torch", "ratio", "MB", "ceiling", "error"):
         table.add_column(name, justify="left" if name in ("kernel", "shape") else "right")
     for r in results:
         table.add_row(
@@ -277,7 +429,8 @@ def table_of(results: Sequence[Result], bandwidth: float) -> Table:
             f"{r.ours:.1f}",
             f"{r.torch:.1f}",
             f"{r.torch / r.ours:.2f}x",
-            f"{100 * r.read:.0f}%",
+            f"{r.reads / 1e6:.1f}",
+            f"{100 * r.ceiling:.0f}%",
             f"{r.error:.1e}" if r.right else f"[red]{r.error:.1e} > {r.budget:.1e}[/red]",
         )
     return table
@@ -289,32 +442,33 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=30, help="replays of each graph")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--plot", type=Path, help="also draw them under the roofline, in this PNG file")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("this needs a CUDA GPU", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    bandwidth = read_bandwidth(CUDA)
     results: list[Result] = []
     with torch.no_grad():
+        chip = Chip(read_bandwidth(CUDA), matmul_rate())
         for run, shapes in (PARTS[name] for name in options.only):
             for shape in shapes:
-                results += run(shape, bandwidth, options.repeats)
+                results += run(shape, chip, options.repeats)
                 torch.cuda.empty_cache()
                 print(f"{results[-1].kernel}, {shape}", file=sys.stderr)
-    Console(width=140).print(table_of(results, bandwidth))
+    Console(width=140).print(table_of(results, chip))
     if options.out:
         machine = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "python": platform.python_version(),
-            "read_bandwidth": bandwidth,
+            **asdict(chip),
         }
         text = {"machine": machine, "results": [asdict(r) for r in results]}
         options.out.write_text(json.dumps(text, indent=1) + "\n")
+    if options.plot:
+        from roofline import draw
+
+        draw(results, chip, options.plot)
     return 0 if all(r.right for r in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,18 @@
 """The decoders the benchmarks run: random weights in published shapes, with a filled cache."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# A file here is called kernels.py: the package of that name, which transformers looks for, goes first.
+if sys.path[0] == str(Path(__file__).parent):
+    sys.path.append(sys.path.pop(0))
+
 from transformers import (
     AutoModelForCausalLM,
     GlmMoeDsaConfig,

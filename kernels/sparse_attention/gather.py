@@ -38,14 +38,13 @@ def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
     # An unknown number of query rows is a prompt: rows enough to fill the chip.
     programs = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
-    # Measured on an H100 with k = 2048: 16 splits of 128 tokens for 8 programs, 64 tokens a step from
-    # 32 programs on. With an index loaded one step ahead, 3 stages keep two steps in flight.
-    group = q.shape[1] // hkv
-    largest = 128 if programs <= 16 and group <= 32 else 64
-    block_n, warps, stages = tile_plan(q, k, v, group, largest, 3)
-    splits = floor_power_of_two(4 * CHIP // programs)
+    # Measured on an H100, k = 2048 and heads of 128, batches of 1 to 32: 64 tokens a step; where there are
+    # few programs, 16 splits and two steps in flight, else 8 splits and one, as long as that makes waves.
+    few = programs <= 16
+    block_n, warps, stages = tile_plan(q, k, v, q.shape[1] // hkv, 64, 3 if few else 2)
+    splits = min(16 if programs <= 32 else 8, floor_power_of_two(16 * CHIP // programs))
     longest = topk // 128 if static(topk) else 16
-    return max(1, min(splits, 16, floor_power_of_two(longest))), block_n, warps, stages
+    return max(1, min(splits, floor_power_of_two(longest))), block_n, warps, stages
 
 
 def launch(
