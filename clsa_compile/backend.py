@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from clsa_compile.capture.dynamo import capture, higher_order, subclass_input, uses_autocast
 from clsa_compile.config import Options
+from clsa_compile.dispatch import kernels
 from clsa_compile.dump import Dump
 from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
@@ -108,15 +109,7 @@ def variants_for(captured: Captured) -> tuple[Variant, ...]:
         for node in captured.graph.nodes
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    if "cuda" not in devices:
-        return ()
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise MissingTritonError from error
-    from clsa_compile.kernels.catalog import VARIANTS
-
-    return VARIANTS
+    return kernels() if "cuda" in devices else ()
 
 
 def _wrap_triton(kernel: Any) -> Any:

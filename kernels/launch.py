@@ -99,16 +99,33 @@ def unsupported_tile(facts: Facts, rows: int) -> str:
     return f"{rows} query rows a kv head with heads of {max(facts.D, facts.Dv)} do not fit into registers"
 
 
+def heads_at_once(group: int, width: int) -> int:
+    """Returns BLOCK_M: how many of `group` heads of a kv head one program takes, for heads of `width`."""
+    fitting = min(MOST_ROWS, floor_power_of_two(MOST_SUMS // width))
+    return min(query_rows(group), fitting)
+
+
+def is_latent(k: Tensor, v: Tensor) -> bool:
+    """Tells whether v is the first block of k's columns, as in MLA's latent cache [B, 1, T, 512 + 64]."""
+    return (
+        parts(k.shape[3])[0] == (0, v.shape[3], False)
+        and k.untyped_storage()._cdata == v.untyped_storage()._cdata
+        and k.storage_offset() == v.storage_offset()
+        and k.stride() == v.stride()
+    )
+
+
 def tile_plan(q: Tensor, k: Tensor, v: Tensor, rows: int, largest: int, stages: int) -> tuple[int, int, int]:
     """Returns (BLOCK_N, num_warps, num_stages) for `rows` query rows a tile, near what is asked for."""
     block_m = query_rows(rows)
     d, dv = padded_width(k.shape[3]), padded_width(v.shape[3])
+    loaded = d if is_latent(k, v) else d + dv
     if q.dtype == torch.float32:
         # IEEE dots of fp32 keep their operands in registers.
         return (32 if block_m == 16 else 16), 8, 2
     # From 64 rows on, Hopper's dots read the queries from shared memory.
     query_bytes = block_m * d * q.element_size() if block_m >= 64 else 0
-    block_n = keys_per_step((d + dv) * k.element_size(), stages, largest, query_bytes)
+    block_n = keys_per_step(loaded * k.element_size(), stages, largest, query_bytes)
     return block_n, (8 if block_m * max(d, dv) > 4096 else 4), stages
 
 

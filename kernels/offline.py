@@ -159,6 +159,11 @@ def _attention(
     ]
 
 
+def _latent(arguments: list[Any]) -> list[Any]:
+    """Returns arguments whose values are the first 512 columns of the keys."""
+    return [*arguments[:2], arguments[1][..., :512], *arguments[3:]]
+
+
 def _sparse(topk: int, *sizes: Any, heads: int = 1, **extra: Any) -> list[Any]:
     args = _attention(*sizes, **extra)
     b, s = sizes[0], sizes[3]
@@ -209,6 +214,7 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "attention", "S=4, bias, sinks, softcap", _attention(1, 32, 4, 4, 4096, 128, 128, fp16, **every)
     yield "attention", "MLA expanded", _attention(1, 16, 16, 1, t, 192, 128, bf16, **masked)
     yield "attention", "MLA absorbed", _attention(1, 16, 1, 1, t, 576, 512, bf16)
+    yield "attention", "MLA latent", _latent(_attention(1, 128, 1, 1, t, 576, 512, bf16))
     for d in (64, 80, 96, 256):
         yield "attention", f"D={d}", _attention(1, 8, 4, 1, t, d, d, bf16)
     anchor: dict[str, Any] = {"bounds": meta(1, 4096, 2, dtype=i32), "predicate": "kv <= q"}
@@ -232,6 +238,7 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "sparse_attention", "128 heads, one kv head", _sparse(2048, 1, 128, 1, 1, t, 128, 128, bf16)
     yield "sparse_attention", "64 heads of 256", _sparse(2048, 1, 64, 1, 1, t, 256, 256, bf16)
     yield "sparse_attention", "MLA absorbed, 32 heads", _sparse(2048, 1, 32, 1, 1, t, 576, 512, bf16)
+    yield "sparse_attention", "MLA latent", _latent(_sparse(2048, 1, 128, 1, 1, t, 576, 512, bf16))
     yield "sparse_attention", "Llama B=1", _sparse(2048, 1, *llama, 1, t, 128, 128, bf16)
     yield "sparse_attention", "Llama B=4", _sparse(2048, 4, *llama, 1, t, 128, 128, bf16)
     yield "sparse_attention", "Llama rows", _sparse(2048, 1, *llama, 4096, t, 128, 128, bf16, **causal)

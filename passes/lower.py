@@ -109,52 +109,8 @@ def facts_of(node: Node, op: str) -> Facts:
         argument.name: value.meta["val"] if isinstance(value, Node) else value
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False)
     }
-    if op == "mask_bounds":
-        like = values["like"]
-        return Facts(
-            op,
-            like.device.type,
-            like.dtype,
-            None,
-            0,
-            0,
-            None,
-            None,
-            0,
-            0,
-            0,
-            False,
-            False,
-            False,
-            False,
-        )
-    q, k = values["q"], values["k"]
-    mask = values["mask"]
     lse_users = [u for u in node.users if len(u.args) == 2 and u.args[1] == 1]
-    topk = values.get("topk", 0)
-    if op == "sparse_attention":
-        topk = values["indices"].shape[-1]
-    return Facts(
-        op=op,
-        device=q.device.type,
-        dtype=q.dtype,
-        B=_static(q.shape[0]),
-        H=int(q.shape[1]),
-        Hkv=int(k.shape[1]),
-        S=_static(q.shape[2]),
-        T=_static(k.shape[2]),
-        D=int(q.shape[3]),
-        Dv=int(values["v"].shape[3]) if "v" in values else 0,
-        topk=topk if isinstance(topk, int) else 0,
-        softcap=bool(values.get("softcap", 0.0)),
-        sinks=values.get("sinks") is not None,
-        additive=mask is not None and mask.dtype != torch.bool,
-        lse_used=op == "attention" and any(u.users for u in lse_users),
-    )
-
-
-def _static(size: Any) -> int | None:
-    return size if isinstance(size, int) else None
+    return Facts.of(op, values, lse_used=op == "attention" and any(u.users for u in lse_users))
 
 
 def _signature(node: Node) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,36 @@ class Facts:
     sinks: bool
     additive: bool
     lse_used: bool
+
+    @classmethod
+    def of(cls, op: str, values: Mapping[str, Any], lse_used: bool) -> Facts:
+        """Returns the facts of a call; `values` are its arguments by name, tensors real or fake."""
+        if op == "mask_bounds":
+            like = values["like"]
+            return cls(op, like.device.type, like.dtype, None, 0, 0, None, None, 0, 0, 0, *[False] * 4)
+        q, k, mask = values["q"], values["k"], values["mask"]
+        topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)
+        return cls(
+            op=op,
+            device=q.device.type,
+            dtype=q.dtype,
+            B=_static(q.shape[0]),
+            H=int(q.shape[1]),
+            Hkv=int(k.shape[1]),
+            S=_static(q.shape[2]),
+            T=_static(k.shape[2]),
+            D=int(q.shape[3]),
+            Dv=int(values["v"].shape[3]) if "v" in values else 0,
+            topk=_static(topk) or 0,
+            softcap=bool(values.get("softcap", 0.0)),
+            sinks=values.get("sinks") is not None,
+            additive=mask is not None and mask.dtype != torch.bool,
+            lse_used=lse_used,
+        )
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,17 @@ from clsa_compile.kernels.launch import (
     CHIP,
     Wrap,
     bounds_arguments,
+    ceil_div,
     combine,
     floor_power_of_two,
+    heads_at_once,
+    is_latent,
     mask_arguments,
     mask_context,
     output,
     padded_width,
     parts,
     power_of_two,
-    query_rows,
     split_scratch,
     static,
     strides,
@@ -33,26 +35,29 @@ from clsa_compile.kernels.render import kernel
 
 
 def supports(facts: Facts) -> Support:
-    """Takes any S <= DECODE_ROWS whose G * S rows fit one tile."""
+    """Takes any S <= DECODE_ROWS, G * S rows a kv head in blocks."""
     if facts.S is None or facts.S > DECODE_ROWS:
         return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
-    reason = unsupported_tile(facts, facts.H // facts.Hkv * facts.S)
+    reason = unsupported_tile(facts, 1)
     return Support(False, reason) if reason else SUPPORTED
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
-    """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
+def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, hkv, t = q.shape[0], k.shape[1], k.shape[2]
-    heads = b * hkv if static(b) else hkv
+    rows = q.shape[1] // hkv * q.shape[2]
+    block_m = heads_at_once(rows, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
+    programs = (b if static(b) else 1) * hkv * -(-rows // block_m)
     # Measured on an H100 with heads of 128, batches of 1 to 32: 64 keys, 8 warps and 4 stages are within 1%
     # of the best of each, with two programs an SM, or 4 splits where heads alone make as many.
-    wide = padded_width(k.shape[3]) <= 64
-    rows = q.shape[1] // hkv * q.shape[2]
-    block_n, warps, stages = tile_plan(q, k, v, rows, 128 if wide else 64, 4 if rows <= 32 else 2)
-    splits = floor_power_of_two(2 * CHIP // heads) if heads < CHIP else (4 if heads < 4 * CHIP else 1)
+    narrow = padded_width(k.shape[3]) <= 64
+    block_n, warps, stages = tile_plan(q, k, v, block_m, 128 if narrow else 64, 4 if block_m <= 32 else 2)
+    splits = (
+        floor_power_of_two(2 * CHIP // programs) if programs < CHIP else (4 if programs < 4 * CHIP else 1)
+    )
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
-    return min(splits, 128), block_n, max(warps, 8), stages
+    return min(splits, 128), block_m, block_n, max(warps, 8), stages
 
 
 def launch(
@@ -73,7 +78,7 @@ def launch(
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
-    splits, block_n, warps, stages = plan(q, k, v)
+    splits, block_m, block_n, warps, stages = plan(q, k, v)
     direct = splits == 1
     out = output(q, dv)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
@@ -86,6 +91,7 @@ def launch(
         sinks=sinks is not None,
         direct=direct,
         with_lse=True,
+        latent=is_latent(k, v),
         **mask_context(mask, mask_inputs, predicate, (1, 2)),
     )
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
@@ -96,7 +102,7 @@ def launch(
             args["sinks_ptr"] = sinks
     if softcap:
         args["SOFTCAP"] = softcap
-    wrap(jit)[(b * hkv, splits)](
+    wrap(jit)[(b * hkv * ceil_div(h // hkv * s, block_m), splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -113,7 +119,7 @@ def launch(
         D=d,
         DV=dv,
         NSPLIT=splits,
-        BLOCK_M=query_rows(h // hkv * s),
+        BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_S=power_of_two(s),
         num_warps=warps,

@@ -74,6 +74,7 @@ def launch(
         sinks=sinks is not None,
         direct=True,
         with_lse=True,
+        latent=False,
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
     args: dict[str, Any] = {}

@@ -124,6 +124,7 @@ def scan(
         BLOCK_S=power_of_two(s),
         STAGES=shape.stages,
         num_warps=shape.warps,
+        num_stages=shape.stages,
     )
     return scores
 

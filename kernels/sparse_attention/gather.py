@@ -11,13 +11,16 @@ from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.launch import (
     CHIP,
     Wrap,
+    ceil_div,
     combine,
     floor_power_of_two,
+    heads_at_once,
+    is_latent,
     mask_arguments,
     mask_context,
     output,
+    padded_width,
     parts,
-    query_rows,
     split_scratch,
     static,
     strides,
@@ -28,23 +31,25 @@ from clsa_compile.kernels.render import kernel
 
 
 def supports(facts: Facts) -> Support:
-    """Takes any number of query rows; each is a program of its own."""
-    reason = unsupported_tile(facts, facts.H // facts.Hkv)
+    """Takes any number of query rows; each is a program of its own, or one for each block of heads."""
+    reason = unsupported_tile(facts, 1)
     return Support(False, reason) if reason else SUPPORTED
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int]:
-    """Returns (NSPLIT, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
+def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int, int]:
+    """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
+    group = q.shape[1] // hkv
+    block_m = heads_at_once(group, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
     # An unknown number of query rows is a prompt: rows enough to fill the chip.
-    programs = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
+    programs = (b if static(b) else 1) * s * hkv * -(-group // block_m) if static(s) else 4 * CHIP
     # Measured on an H100, k = 2048 and heads of 128, batches of 1 to 32: 64 tokens a step; where there are
     # few programs, 16 splits and two steps in flight, else 8 splits and one, as long as that makes waves.
     few = programs <= 16
-    block_n, warps, stages = tile_plan(q, k, v, q.shape[1] // hkv, 64, 3 if few else 2)
+    block_n, warps, stages = tile_plan(q, k, v, block_m, 64, 3 if few else 2)
     splits = min(16 if programs <= 32 else 8, floor_power_of_two(16 * CHIP // programs))
     longest = topk // 128 if static(topk) else 16
-    return max(1, min(splits, floor_power_of_two(longest))), block_n, warps, stages
+    return max(1, min(splits, floor_power_of_two(longest))), block_m, block_n, warps, stages
 
 
 def launch(
@@ -69,7 +74,7 @@ def launch(
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
-    splits, block_n, warps, stages = plan(q, k, v, topk)
+    splits, block_m, block_n, warps, stages = plan(q, k, v, topk)
     direct = splits == 1
     out = output(q, dv)
     jit = kernel(
@@ -81,6 +86,7 @@ def launch(
         sinks=sinks is not None,
         direct=direct,
         with_lse=False,
+        latent=is_latent(k, v),
         **mask_context(mask, mask_inputs, predicate, (1,)),
     )
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
@@ -94,7 +100,7 @@ def launch(
     index_strides = strides("indices", "bhsk", indices)
     if indices.shape[1] == 1:
         index_strides["indices_sh"] = 0
-    wrap(jit)[(b * s * hkv, splits)](
+    wrap(jit)[(b * s * hkv * ceil_div(h // hkv, block_m), splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -112,7 +118,7 @@ def launch(
         D=d,
         DV=dv,
         NSPLIT=splits,
-        BLOCK_M=query_rows(h // hkv),
+        BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=warps,
         num_stages=stages,

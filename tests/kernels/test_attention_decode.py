@@ -11,6 +11,7 @@ from torch import Tensor
 from clsa_compile.ir.ops import mask_bounds_reference
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.dense_attention.decode import plan, supports
+from clsa_compile.kernels.launch import is_latent
 
 Run = Callable[..., Any]
 
@@ -33,6 +34,15 @@ def arguments(
     around = mask_bounds_reference(q, mask, inputs, h, t, predicate) if bounds else None
     sink = torch.randn(h, device=device, dtype=dtype) * 3 if sinks else None
     return (q, k, v, mask, around, list(inputs), sink, d**-0.5, softcap, predicate)
+
+
+@pytest.mark.parametrize(("heads", "s"), [(3, 2), (40, 1), (128, 1)])
+def test_many_heads_share_a_latent_row(device: str, run: Run, judge: Any, heads: int, s: int) -> None:
+    """MLA as engines hold it: one row of 512 + 64 a token for all heads, values its first 512 columns."""
+    args = list(arguments(device, (2, heads, 1, s, 100, 576, 512), torch.float16))
+    args[2] = args[1][..., :512]
+    assert is_latent(args[1], args[2])
+    judge("attention")(run("attention", "decode", *args), tuple(args))
 
 
 def random_mask(device: str, *sizes: int, share: float = 0.5) -> Tensor:
@@ -214,7 +224,8 @@ def facts(**changes: Any) -> Facts:
 
 def test_what_is_refused_has_a_reason() -> None:
     assert supports(facts()).ok
-    for changes in ({"S": 9}, {"S": None}, {"H": 256, "Hkv": 1}, {"D": 1024}, {"dtype": torch.float64}):
+    assert supports(facts(H=256, Hkv=1)).ok, "in blocks of heads"
+    for changes in ({"S": 9}, {"S": None}, {"D": 1024}, {"dtype": torch.float64}):
         support = supports(facts(**changes))
         assert not support.ok
         assert support.reason

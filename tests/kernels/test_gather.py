@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.variants import Facts
+from clsa_compile.kernels.launch import is_latent
 from clsa_compile.kernels.sparse_attention.gather import plan, supports
 
 Run = Callable[..., Any]
@@ -105,6 +106,19 @@ def test_both_ways_of_writing_the_result(device: str, run: Run, judge: Any, spli
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)
 
 
+@pytest.mark.parametrize("heads", [3, 40, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_heads_share_a_latent_row(device: str, run: Run, judge: Any, heads: int, dtype: Any) -> None:
+    """MLA as engines hold it: one row of 512 + 64 a token for all heads, values its first 512 columns."""
+    args = list(arguments(device, (2, heads, 1, 1, 200, 576, 512), 70, dtype))
+    args[2] = args[1][..., :512]
+    assert is_latent(args[1], args[2])
+    judge("sparse_attention")(run("sparse_attention", "gather", *args), tuple(args))
+    copied = [*args[:2], args[2].clone(), *args[3:]]
+    assert not is_latent(copied[1], copied[2])
+    judge("sparse_attention")(run("sparse_attention", "gather", *copied), tuple(copied))
+
+
 def test_all_tokens_selected_is_dense_attention(device: str, run: Run) -> None:
     args = arguments(device, (1, 4, 2, 1, 64, 32, 32), 64, empty=0.0)
     dense, _ = run("attention", "decode", *args[:3], *args[4:])
@@ -192,7 +206,7 @@ def test_what_is_refused_has_a_reason() -> None:
         "additive": True, "lse_used": False,
     }  # fmt: skip
     assert supports(Facts(**known)).ok
-    for changes in ({"H": 256, "Hkv": 1}, {"D": 1024}):
-        support = supports(Facts(**(known | changes)))
-        assert not support.ok
-        assert support.reason
+    assert supports(Facts(**(known | {"H": 256, "Hkv": 1}))).ok, "in blocks of heads"
+    support = supports(Facts(**(known | {"D": 1024})))
+    assert not support.ok
+    assert support.reason

@@ -1,0 +1,62 @@
+"""Contract ops called by themselves: on CUDA tensors they run the generated kernels.
+
+Engines that do not compile their model call `torch.ops.clsa.index_topk`, `.sparse_attention` and `.attention`
+directly; importing `clsa_compile` is all they need. On other devices the references run.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library
+
+from clsa_compile.errors import MissingTritonError
+from clsa_compile.ir.ops import REFERENCES
+from clsa_compile.ir.variants import Facts, Variant, select
+
+__all__ = ["kernels", "run"]
+
+log = logging.getLogger("clsa_compile")
+
+_LIBRARY = Library("clsa", "IMPL")
+
+
+def kernels() -> tuple[Variant, ...]:
+    """Returns every generated kernel. Raises MissingTritonError where Triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise MissingTritonError from error
+    from clsa_compile.kernels.catalog import VARIANTS
+
+    return VARIANTS
+
+
+def run(op: str, variants: tuple[Variant, ...], *args: Any) -> Any:
+    """Runs a contract op on real tensors by the first variant that can, or by its reference."""
+    schema = getattr(torch.ops.clsa, op).default._schema
+    values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
+    variant, passed_over = select(variants, Facts.of(op, values, lse_used=True))
+    if variant is None:
+        if passed_over:
+            log.debug("clsa: %s runs its reference: %s", op, "; ".join(passed_over))
+        return REFERENCES[op](*args)
+    return variant.launch(*args, wrap=lambda kernel: kernel)
+
+
+def _on_cuda(op: str) -> Callable[..., Any]:
+    return lambda *args: run(op, kernels(), *args)
+
+
+@functools.cache
+def register() -> None:
+    """Makes contract ops run kernels on CUDA, once a process."""
+    for op in ("attention", "sparse_attention", "index_topk"):
+        _LIBRARY.impl(op, _on_cuda(op), "CUDA")
+
+
+register()

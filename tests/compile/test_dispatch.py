@@ -1,0 +1,72 @@
+"""Contract ops called by themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clsa_compile.dispatch import kernels, run
+from clsa_compile.errors import MissingTritonError
+from clsa_compile.ir.scores import DOT_PRODUCT
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+
+SCALE = 0.25
+
+
+def operands(device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 1, 32, device=device, dtype=dtype)
+    return q, *(torch.randn(2, 2, 50, 32, device=device, dtype=dtype) for _ in range(2))
+
+
+def recorded(seen: list[Any], support: Support = SUPPORTED) -> Variant:
+    def launch(*args: Any, wrap: Any) -> str:
+        seen.append(wrap("kernel"))
+        return "launched"
+
+    def supports(facts: Facts) -> Support:
+        seen.append(facts)
+        return support
+
+    return Variant("attention", "one", supports, launch)
+
+
+def test_a_variant_that_can_runs() -> None:
+    q, k, v = operands()
+    seen: list[Any] = []
+    args = (q, k, v, None, None, [], None, SCALE, 0.0, "")
+    assert run("attention", (recorded(seen),), *args) == "launched"
+    facts, kernel = seen
+    assert kernel == "kernel", "not wrapped for tracing"
+    assert (facts.B, facts.H, facts.Hkv, facts.S, facts.T, facts.D, facts.Dv) == (2, 4, 2, 1, 50, 32, 32)
+    assert facts.lse_used
+
+
+def test_the_reference_runs_where_no_variant_can(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = operands()
+    args = (q, k, v, None, None, [], None, SCALE, 0.0, "")
+    refusing = recorded([], Support(False, "too odd"))
+    with caplog.at_level("DEBUG", "clsa_compile"):
+        out, _ = run("attention", (refusing,), *args)
+    torch.testing.assert_close(out, torch.ops.clsa.attention(*args)[0])
+    assert "one: too odd" in caplog.text
+
+
+def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "triton", None)
+        with pytest.raises(MissingTritonError, match="pip install triton"):
+            kernels()
+
+
+@pytest.mark.gpu
+def test_ops_on_cuda_run_kernels() -> None:
+    q, k, v = operands("cuda", torch.float16)
+    index = torch.ops.clsa.index_topk(q, k, None, None, None, None, [], 8, SCALE, DOT_PRODUCT.text, "", False)
+    out = torch.ops.clsa.sparse_attention(q, k, v, index, None, None, [], None, SCALE, 0.0, "")
+    q, k, v = (x.cpu().float() for x in (q, k, v))
+    want = torch.ops.clsa.index_topk(q, k, None, None, None, None, [], 8, SCALE, DOT_PRODUCT.text, "", False)
+    assert torch.equal(index.cpu(), want)
+    exact = torch.ops.clsa.sparse_attention(q, k, v, want, None, None, [], None, SCALE, 0.0, "")
+    torch.testing.assert_close(out.cpu().float(), exact, atol=2e-3, rtol=2e-3)
