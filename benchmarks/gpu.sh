@@ -14,7 +14,7 @@ run() { # name, command...
 }
 for part in $parts; do
   case $part in
-    tests) run tests timeout 280 python3 -m pytest tests/kernels -m gpu -q -n 8 -p no:cacheprovider ;;
+    tests) run tests timeout 280 python3 -m pytest tests/kernels tests/compile/test_dispatch.py -m gpu -q -n 12 -p no:cacheprovider ;;
     models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 6 -p no:cacheprovider ;;
     llama | dsa) run "$part" timeout 400 python3 benchmarks/decode.py --only "$part" --out "$out/$part.json" ;;
     prefill) run prefill timeout 400 python3 benchmarks/decode.py --only prefill --out "$out/prefill.json" ;;

@@ -44,7 +44,7 @@ def plan(d: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return (64, 128, 8) if padded_width(d) <= 256 else (64, 64, 8)
 
 
-def rows_at_once(b: Any, heads: int, s: Any, t: Any, topk: Any) -> Any:
+def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
     """Returns how many query rows share one buffer of scores.
 
     All of them when S is not known: a loop over an unknown number cannot be traced, and the buffer
@@ -52,7 +52,7 @@ def rows_at_once(b: Any, heads: int, s: Any, t: Any, topk: Any) -> Any:
     """
     if not static(s):
         return s
-    line = (b if static(b) else 1) * heads * row_bytes(t if static(t) else ASSUMED_KEYS, topk)
+    line = (b if static(b) else 1) * heads * row_bytes(t if static(t) else ASSUMED_KEYS)
     fitting = max(SCORE_BYTES // line, 1)
     if fitting >= s:
         return s
@@ -92,7 +92,7 @@ def launch(
     args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
     args |= bounds_arguments(bounds) | mask_arguments(mask, mask_inputs) | strides("k", "bhtd", k)
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
-    chunk = rows_at_once(b, heads, s, t, topk)
+    chunk = rows_at_once(b, heads, s, t)
     for first in range(0, s, chunk) if static(s) else (0,):
         rows = min(chunk, s - first) if static(s) else s
         tpad = padded(t)
