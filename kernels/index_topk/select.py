@@ -24,15 +24,16 @@ from clsa_compile.kernels.launch import (
 )
 from clsa_compile.kernels.render import kernel
 
-# Scores that a program of select_pick reads at a time; rows of scores are padded to a multiple of it.
+# Scores that a program of select_pick reads at a time where a row has the most programs; else twice as many.
+# Rows of scores are padded to a multiple of the latter.
 CHUNK = 2048
 MAX_SEGMENTS = 64
 # Keys that a program of select_emit holds, a power of two. Rows no longer than this take one launch. For
-# 2048 of 131072 keys the guess gives 3500 candidates, with a standard deviation of 350.
+# 2048 of 131072 keys the guess gives about 4000 candidates.
 CAP = 8192
 # Scores that the guess is made from, powers of two; one of KEYS_PER_SAMPLE at least where rows are long. With
 # fewer than 16 of them above the k-th (2048 of a million keys) candidates often exceed CAP.
-SAMPLE = 4096
+SAMPLE = 2048
 MAX_SAMPLE = 16384
 KEYS_PER_SAMPLE = 128
 WARPS = 8
@@ -40,15 +41,20 @@ WARPS = 8
 
 def padded(t: Any) -> Any:
     """Returns the length that a row of scores of t keys is stored with."""
-    return ceil_div(t, CHUNK) * CHUNK
+    return ceil_div(t, 2 * CHUNK) * 2 * CHUNK
+
+
+def chunk(nt: int) -> int:
+    """Returns how many scores a program reads at a time, where nt share a row."""
+    return CHUNK if nt == MAX_SEGMENTS else 2 * CHUNK
 
 
 def segments(rows: int, t: Any) -> int:
     """Returns NT, the number of programs that share one of `rows` rows, a power of two.
 
-    One program a multiprocessor: each of them reads the whole sample.
+    Two programs a multiprocessor at most: each of them reads the whole sample.
     """
-    wanted = floor_power_of_two(CHIP // rows)
+    wanted = floor_power_of_two(2 * CHIP // rows)
     longest = power_of_two(-(-t // CHUNK)) if static(t) else MAX_SEGMENTS
     return max(1, min(wanted, longest, MAX_SEGMENTS))
 
@@ -62,7 +68,7 @@ def listed_keys(t: Any, nt: int) -> Any:
     """Returns how many candidates one of the nt segments of a row may list; 0 where there is no list."""
     if static(t) and t <= CAP:
         return 0
-    return torch.sym_min(ceil_div(ceil_div(t, CHUNK), nt) * CHUNK, CAP)
+    return torch.sym_min(ceil_div(ceil_div(t, chunk(nt)), nt) * chunk(nt), CAP)
 
 
 def row_bytes(t: int) -> int:
@@ -97,7 +103,7 @@ def select(
     capacity = listed_keys(t, nt)
     if static(capacity) and capacity == 0:
         jit = kernel("select_emit", bounds=bounds is not None, listed=False)
-        wrap(jit)[(lines,)](**shared, out_ptr=out, CAP=power_of_two(padded(t)))
+        wrap(jit)[(lines,)](**shared, out_ptr=out, CAP=max(power_of_two(t), CHUNK))
         return
     shared |= {
         "list_ptr": scores.new_empty((lines, nt, capacity), dtype=torch.int64),
@@ -107,6 +113,6 @@ def select(
         "CAP": CAP,
     }
     jit = kernel("select_pick", bounds=bounds is not None)
-    wrap(jit)[(lines, nt)](**shared, SAMPLE=sampled(t), BLOCK_N=CHUNK)
+    wrap(jit)[(lines, nt)](**shared, SAMPLE=sampled(t), BLOCK_N=chunk(nt))
     jit = kernel("select_emit", bounds=bounds is not None, listed=True)
     wrap(jit)[(lines,)](**shared, out_ptr=out, LEVELS=nt.bit_length() - 1)

@@ -327,9 +327,10 @@ def test_any_long_row(device: str, row: list[float], seed: int, nt: int, topk: i
     check(torch.tensor(row)[drawn].to(device).view(1, 1, 1, -1), topk, nt)
 
 
-def test_one_program_a_multiprocessor() -> None:
+def test_two_programs_a_multiprocessor() -> None:
     assert segments(1, 131072) == 64
-    assert segments(4, 131072) == 32
+    assert segments(4, 131072) == 64
+    assert segments(8, 131072) == 32
     assert segments(512, 131072) == 1
     assert segments(1, 3000) == 2
 
