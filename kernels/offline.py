@@ -215,6 +215,7 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "attention", "MLA expanded", _attention(1, 16, 16, 1, t, 192, 128, bf16, **masked)
     yield "attention", "MLA absorbed", _attention(1, 16, 1, 1, t, 576, 512, bf16)
     yield "attention", "MLA latent", _latent(_attention(1, 128, 1, 1, t, 576, 512, bf16))
+    yield "attention", "MLA latent B=32", _latent(_attention(32, 128, 1, 1, t, 576, 512, bf16))
     for d in (64, 80, 96, 256):
         yield "attention", f"D={d}", _attention(1, 8, 4, 1, t, d, d, bf16)
     anchor: dict[str, Any] = {"bounds": meta(1, 4096, 2, dtype=i32), "predicate": "kv <= q"}

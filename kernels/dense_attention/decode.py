@@ -25,6 +25,7 @@ from clsa_compile.kernels.launch import (
     padded_width,
     parts,
     power_of_two,
+    query_rows,
     split_scratch,
     static,
     strides,
@@ -46,6 +47,8 @@ def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, hkv, t = q.shape[0], k.shape[1], k.shape[2]
     rows = q.shape[1] // hkv * q.shape[2]
+    if is_latent(k, v):
+        return latent_plan(q, k, v, rows)
     block_m = heads_at_once(rows, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
     programs = (b if static(b) else 1) * hkv * -(-rows // block_m)
     # Measured on an H100 with heads of 128, batches of 1 to 32: 64 keys, 8 warps and 4 stages are within 1%
@@ -58,6 +61,24 @@ def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
     return min(splits, 128), block_m, block_n, max(warps, 8), stages
+
+
+def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[int, int, int, int, int]:
+    """Returns `plan` for MLA's latent rows: one program a multiprocessor.
+
+    Measured on an H100 with 128 heads over 32768 keys: 71 us for one sequence (128 Tflop/s), 16 heads a
+    program (32 are faster by 10% and spill); 1064 us for 32 sequences (275 Tflop/s), 64 heads a program.
+    """
+    b, t = q.shape[0], k.shape[2]
+    heads = (b if static(b) else 1) * k.shape[1]
+    few = heads * -(-rows // 16) <= CHIP // 4
+    block_m = min(query_rows(rows), 16 if few else 64)
+    block_n, warps, stages = tile_plan(q, k, v, block_m, 64, 2)
+    programs = heads * -(-rows // block_m)
+    splits = max(floor_power_of_two(CHIP // programs), 4 if programs < CHIP else 1)
+    if static(t):
+        splits = min(splits, power_of_two(-(-t // block_n)))
+    return splits, block_m, block_n, 4 if few and q.dtype != torch.float32 else warps, stages
 
 
 def launch(

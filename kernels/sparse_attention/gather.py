@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
@@ -40,9 +41,12 @@ def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
     group = q.shape[1] // hkv
-    block_m = heads_at_once(group, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
     # An unknown number of query rows is a prompt: rows enough to fill the chip.
-    programs = (b if static(b) else 1) * s * hkv * -(-group // block_m) if static(s) else 4 * CHIP
+    rows = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
+    if is_latent(k, v):
+        return latent_plan(q, k, v, rows)
+    block_m = heads_at_once(group, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
+    programs = rows * -(-group // block_m)
     # Measured on an H100, k = 2048 and heads of 128, batches of 1 to 32: 64 tokens a step; where there are
     # few programs, 16 splits and two steps in flight, else 8 splits and one, as long as that makes waves.
     few = programs <= 16
@@ -50,6 +54,17 @@ def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int
     splits = min(16 if programs <= 32 else 8, floor_power_of_two(16 * CHIP // programs))
     longest = topk // 128 if static(topk) else 16
     return max(1, min(splits, floor_power_of_two(longest))), block_m, block_n, warps, stages
+
+
+def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[int, int, int, int, int]:
+    """Returns `plan` for MLA's latent rows: 16 heads a program, one program a multiprocessor.
+
+    Measured on an H100 with 128 heads, k = 2048: 12 us for one row of queries, 120 us for 32 (150 Tflop/s).
+    """
+    group = q.shape[1] // k.shape[1]
+    block_n, warps, stages = tile_plan(q, k, v, 16, 64, 2)
+    splits = floor_power_of_two(CHIP // (rows * -(-group // 16)))
+    return splits, 16, block_n, min(warps, 4) if q.dtype != torch.float32 else warps, stages
 
 
 def launch(
