@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from clsa_compile.capture.dynamo import capture, higher_order, subclass_input, uses_autocast
 from clsa_compile.config import Options
-from clsa_compile.dispatch import kernels
+from clsa_compile.dispatch import kernels, torch_kernels
 from clsa_compile.dump import Dump
 from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
@@ -103,13 +103,13 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
 
 
 def variants_for(captured: Captured) -> tuple[Variant, ...]:
-    """Returns the kernels for a graph's device: none on a CPU. Raises MissingTritonError."""
+    """Returns the variants for a graph's device: torch's own on a CPU. Raises MissingTritonError."""
     devices = {
         node.meta["val"].device.type
         for node in captured.graph.nodes
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return kernels() if "cuda" in devices else ()
+    return kernels() if "cuda" in devices else torch_kernels()
 
 
 def _wrap_triton(kernel: Any) -> Any:

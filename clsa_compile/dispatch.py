@@ -18,7 +18,7 @@ from clsa_compile.errors import MissingTritonError
 from clsa_compile.ir.ops import REFERENCES
 from clsa_compile.ir.variants import Facts, Variant, select
 
-__all__ = ["kernels", "run"]
+__all__ = ["kernels", "run", "torch_kernels"]
 
 log = logging.getLogger("clsa_compile")
 
@@ -34,6 +34,13 @@ def kernels() -> tuple[Variant, ...]:
     from clsa_compile.kernels.catalog import VARIANTS
 
     return VARIANTS
+
+
+def torch_kernels() -> tuple[Variant, ...]:
+    """Returns the variants that call torch's own kernels, on any device; the references do the rest."""
+    from clsa_compile.kernels.dense_attention.sdpa import SDPA
+
+    return (SDPA,)
 
 
 def run(op: str, variants: tuple[Variant, ...], *args: Any) -> Any:
