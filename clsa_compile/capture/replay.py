@@ -120,7 +120,7 @@ class Replaying(Interpreter):
             # Without the mode, as an op's own computation: arithmetic on sizes is not written down.
             with DisableTorchFunction(), disable_proxy_modes_tracing():
                 return _replay(known, tracer, tensors, nodes)
-        last = next(reversed(tracer.graph.nodes))
+        last = next(iter(reversed(tracer.graph.nodes)))
         result = run(target, args, kwargs)
         try:
             with DisableTorchFunction(), disable_proxy_modes_tracing():
