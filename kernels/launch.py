@@ -106,7 +106,10 @@ def heads_at_once(group: int, width: int) -> int:
 
 
 def is_latent(k: Tensor, v: Tensor) -> bool:
-    """Tells whether v is the first block of k's columns, as in MLA's latent cache [B, 1, T, 512 + 64]."""
+    """Tells whether v is the first block of k's columns, as in MLA's latent cache [B, 1, T, 512 + 64].
+
+    Of a paged cache too: [N, 1, P, 512 + 64].
+    """
     return (
         parts(k.shape[3])[0] == (0, v.shape[3], False)
         and k.untyped_storage()._cdata == v.untyped_storage()._cdata
@@ -174,6 +177,16 @@ def _four(sizes: Sequence[Any], fill: int) -> tuple[Any, ...]:
 def strides(prefix: str, names: str, x: Tensor) -> dict[str, Any]:
     """Returns {"k_sb": ..., "k_sh": ...} for prefix "k" and names "bh..", one letter a dimension."""
     return {f"{prefix}_s{name}": stride for name, stride in zip(names, x.stride(), strict=True)}
+
+
+def page_arguments(k: Tensor, pages: Tensor | None) -> dict[str, Any]:
+    """Returns the kernel arguments of the block table, if there is one.
+
+    A kernel is made for the size of a page: where that is a SymInt, it becomes the number it has.
+    """
+    if pages is None:
+        return {}
+    return {"pages_ptr": pages, **strides("pages", "bm", pages), "N": k.shape[0], "PAGE": int(k.shape[2])}
 
 
 def bounds_arguments(bounds: Tensor | None) -> dict[str, Any]:

@@ -189,6 +189,17 @@ def _index(
     ]
 
 
+def _paged(page: int, arguments: list[Any], caches: int = 2) -> list[Any]:
+    """Returns arguments whose `caches` tensors after q are an engine's pools [N, P, HKV, D], transposed."""
+    b, t = arguments[0].shape[0], arguments[1].shape[2]
+    pools = [
+        meta(b * t // page, page, x.shape[1], x.shape[3], dtype=x.dtype).transpose(1, 2)
+        for x in arguments[1 : 1 + caches]
+    ]
+    pages = meta(b, t // page, dtype=torch.int32)
+    return [arguments[0], *pools, *arguments[1 + caches :], pages]
+
+
 def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     """Yields (op, description, arguments): the shapes that users' models have, and the corners."""
     bf16, fp16, fp32, i32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
@@ -268,6 +279,30 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "index_topk", "DSA rows", _index(1, 32, 1, 512, t, 128, bf16, lightning, predicate="kv <= q")
     yield "index_topk", "DSA rows, fp32", _index(1, 32, 1, 64, 2048, 128, fp32, lightning)
     yield "index_topk", "rows, kv heads", _index(1, 9, 3, 64, t, 64, bf16, MASS.text)
+    yield from _paged_configurations(t)
+
+
+def _paged_configurations(t: int) -> Iterator[tuple[str, str, list[Any]]]:
+    """Yields what engines call with their paged caches: lengths as a predicate and as bounds."""
+    bf16, i32 = torch.bfloat16, torch.int32
+    b, llama = 4, (24, 8)
+
+    def lengths(s: int, predicate: str = "kv < in0(b)") -> dict[str, Any]:
+        return {"predicate": predicate, "inputs": [meta(b, dtype=i32)], "bounds": meta(b, s, 2, dtype=i32)}
+
+    one, many = lengths(1), lengths(512, "kv <= in0(b) + q")
+    yield "attention", "Llama paged", _paged(16, _attention(b, *llama, 1, t, 128, 128, bf16, **one))
+    latent = _attention(b, 128, 1, 1, t, 576, 512, bf16, **one)
+    yield "attention", "MLA latent paged", _latent(_paged(64, latent))
+    latent = _attention(32, 128, 1, 1, t, 576, 512, bf16)
+    yield "attention", "MLA latent paged, B=32", _latent(_paged(64, latent))
+    yield "attention", "Llama rows, paged", _paged(16, _attention(b, *llama, 512, t, 128, 128, bf16, **many))
+    yield "sparse_attention", "Llama paged", _paged(16, _sparse(2048, b, *llama, 1, t, 128, 128, bf16))
+    latent = _sparse(2048, b, 128, 1, 1, t, 576, 512, bf16)
+    yield "sparse_attention", "MLA latent paged", _latent(_paged(64, latent))
+    dsa = LIGHTNING.text
+    yield "index_topk", "DSA paged", _paged(64, _index(b, 64, 1, 1, t, 128, bf16, dsa, **one), 1)
+    yield "index_topk", "DSA rows, paged", _paged(64, _index(b, 32, 1, 512, t, 128, bf16, dsa, **many), 1)
 
 
 def recorded() -> Iterator[tuple[str, Launch]]:

@@ -5,6 +5,10 @@ Dimension letters, used everywhere, templates included:
     B  batch            H  query heads         Hkv  key/value heads     G  H / Hkv
     S  query rows       T  key slots           D    head width of q, k  Dv head width of v
     Hi index heads      K  selected tokens     Di   head width of the index
+    N  pages of a pool  P  tokens a page       M    pages a sequence, T = M * P
+
+`pages` int32 [B, M] says that k and v are pools of pages, [N, Hkv, P, D] and [N, Hkv, P, Dv], instead of
+[B, Hkv, T, D] and [B, Hkv, T, Dv]. `ir/pages.py` says how, with an example.
 
 All ops are functional and return fresh tensors. Indices are int32, -1 means "no token". A row that
 may attend to nothing gives zeros and an lse of -inf, never NaN.
@@ -21,6 +25,7 @@ from torch import Tensor
 from torch.library import Library
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+from clsa_compile.ir.pages import check_pages, gathered
 from clsa_compile.ir.scores import Score, parse_score, pointwise_to_torch
 
 # Queries up to this many are decode: one token, or a few speculative ones.
@@ -29,15 +34,18 @@ DECODE_ROWS = 8
 _LIBRARY = Library("clsa", "DEF")
 _LIBRARY.define(
     "index_topk(Tensor q, Tensor k, Tensor? weight, Tensor? lse, Tensor? mask, Tensor? bounds,"
-    " Tensor[] mask_inputs, SymInt topk, float scale, str score, str predicate, bool per_kv_head) -> Tensor"
+    " Tensor[] mask_inputs, SymInt topk, float scale, str score, str predicate, bool per_kv_head,"
+    " Tensor? pages=None) -> Tensor"
 )
 _LIBRARY.define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? mask, Tensor? bounds,"
-    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate) -> Tensor"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate,"
+    " Tensor? pages=None) -> Tensor"
 )
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bounds,"
-    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate) -> (Tensor, Tensor)"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate,"
+    " Tensor? pages=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "mask_bounds(Tensor like, Tensor? mask, Tensor[] mask_inputs, SymInt heads, SymInt keys, str predicate)"
@@ -114,6 +122,7 @@ def attention_reference(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention with grouped heads: out [B, H, S, Dv] in q's dtype, lse [B, H, S] in fp32.
 
@@ -121,8 +130,10 @@ def attention_reference(
     to [B, H, S, T]; `predicate` is AND-ed to it. Additive values at the dtype's lowest count as forbidden: a
     row that has no other is padding, and gives zeros or a mean of v. `bounds` int32 [B, S, 2] is a half-open
     hint that may be loose, and is not needed here. `sinks` [H] joins the softmax's denominator and no value;
-    the lse is that of the scores without the sink. `softcap` 0 means none.
+    the lse is that of the scores without the sink. `softcap` 0 means none. `pages`: see `ir/pages.py`.
     """
+    check_pages(q, k, v, pages)
+    k, v = gathered(k, pages), gathered(v, pages)
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     scores = _grouped_scores(q, k, scale, softcap)
     valid, bias = attend_mask(mask, mask_inputs, predicate, sizes, q.device)
@@ -159,12 +170,15 @@ def sparse_attention_reference(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Attention over the tokens that `indices` int32 [B, 1|Hkv, S, K] names: out [B, H, S, Dv].
 
     Validity is mask AND predicate AND index. The rest is as in `attention_reference`. Decode gathers
     the K rows; more query rows than DECODE_ROWS mask a dense pass, which needs less memory.
     """
+    check_pages(q, k, v, pages)
+    k, v = gathered(k, pages), gathered(v, pages)
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     few = isinstance(s, int) and s <= DECODE_ROWS
@@ -247,13 +261,17 @@ def index_topk_reference(
     score: str,
     predicate: str,
     per_kv_head: bool,
+    pages: Tensor | None = None,
 ) -> Tensor:
     """Returns int32 [B, 1|Hkv, S, topk]: the best-scoring valid tokens, ascending, padded with -1.
 
     q [B, Hi, S, Di], k [B, 1|Hkv, T, Di], weight [B, Hi, S], lse [B, Hi, S]; `mask` as in attention with
     one head. Ties go to the lowest position, NaN ranks above everything (as in torch.topk), +0 equals -0,
-    and a token that scores -inf is never selected. One set a row, or one a kv head.
+    and a token that scores -inf is never selected. One set a row, or one a kv head. `pages`: see
+    `ir/pages.py`; positions are those of tokens in their sequence.
     """
+    check_pages(q, k, None, pages)
+    k = gathered(k, pages)
     scores = index_scores_reference(
         q, k, weight, lse, mask, mask_inputs, scale, parse_score(score), predicate, per_kv_head
     )
@@ -320,6 +338,7 @@ def _index_topk_fake(
     score: str,
     predicate: str,
     per_kv_head: bool,
+    pages: Tensor | None = None,
 ) -> Tensor:
     heads = k.shape[1] if per_kv_head else 1
     return q.new_empty((q.shape[0], heads, q.shape[2], topk), dtype=torch.int32)

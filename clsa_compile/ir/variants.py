@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from clsa_compile.ir.pages import check_pages, key_slots
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a contract op when it is lowered. Unknown sizes (SymInt) are None.
 
     B, H, Hkv, S, T, D, Dv as in `ir/ops.py`; for `index_topk` H counts index heads and D is the width of
-    the index. `topk` is K, 0 for dense attention.
+    the index. `topk` is K, 0 for dense attention. `paged`: the cache is a pool of pages, and T is M * P.
     """
 
     op: str
@@ -32,14 +34,19 @@ class Facts:
     sinks: bool
     additive: bool
     lse_used: bool
+    paged: bool = False
 
     @classmethod
     def of(cls, op: str, values: Mapping[str, Any], lse_used: bool) -> Facts:
-        """Returns the facts of a call; `values` are its arguments by name, tensors real or fake."""
+        """Returns the facts of a call; `values` are its arguments by name, tensors real or fake.
+
+        Raises ValueError for a block table that does not belong to them.
+        """
         if op == "mask_bounds":
             like = values["like"]
             return cls(op, like.device.type, like.dtype, None, 0, 0, None, None, 0, 0, 0, *[False] * 4)
-        q, k, mask = values["q"], values["k"], values["mask"]
+        q, k, mask, pages = values["q"], values["k"], values["mask"], values.get("pages")
+        check_pages(q, k, values.get("v"), pages)
         topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)
         return cls(
             op=op,
@@ -49,7 +56,7 @@ class Facts:
             H=int(q.shape[1]),
             Hkv=int(k.shape[1]),
             S=_static(q.shape[2]),
-            T=_static(k.shape[2]),
+            T=_static(key_slots(k, pages)),
             D=int(q.shape[3]),
             Dv=int(values["v"].shape[3]) if "v" in values else 0,
             topk=_static(topk) or 0,
@@ -57,6 +64,7 @@ class Facts:
             sinks=values.get("sinks") is not None,
             additive=mask is not None and mask.dtype != torch.bool,
             lse_used=lse_used,
+            paged=pages is not None,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.ops import DECODE_ROWS
+from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.launch import (
     CHIP,
@@ -23,6 +24,7 @@ from clsa_compile.kernels.launch import (
     mask_context,
     output,
     padded_width,
+    page_arguments,
     parts,
     power_of_two,
     query_rows,
@@ -43,12 +45,12 @@ def supports(facts: Facts) -> Support:
     return Support(False, reason) if reason else SUPPORTED
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+def plan(q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> tuple[int, int, int, int, int]:
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
-    b, hkv, t = q.shape[0], k.shape[1], k.shape[2]
+    b, hkv, t = q.shape[0], k.shape[1], key_slots(k, pages)
     rows = q.shape[1] // hkv * q.shape[2]
     if is_latent(k, v):
-        return latent_plan(q, k, v, rows)
+        return latent_plan(q, k, v, rows, pages)
     block_m = heads_at_once(rows, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
     programs = (b if static(b) else 1) * hkv * -(-rows // block_m)
     # Measured on an H100 with heads of 128, batches of 1 to 32: 64 keys, 8 warps and 4 stages are within 1%
@@ -63,13 +65,17 @@ def plan(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
     return min(splits, 128), block_m, block_n, max(warps, 8), stages
 
 
-def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[int, int, int, int, int]:
+def latent_plan(
+    q: Tensor, k: Tensor, v: Tensor, rows: int, pages: Tensor | None
+) -> tuple[int, int, int, int, int]:
     """Returns `plan` for MLA's latent rows: one program a multiprocessor.
 
     Measured on an H100 with 128 heads over 32768 keys: 71 us for one sequence (128 Tflop/s), 16 heads a
     program (32 are faster by 10% and spill); 1064 us for 32 sequences (275 Tflop/s), 64 heads a program.
+
+    In a paged cache each row has a pointer of its own, and 4 warps spill.
     """
-    b, t = q.shape[0], k.shape[2]
+    b, t = q.shape[0], key_slots(k, pages)
     heads = (b if static(b) else 1) * k.shape[1]
     few = heads * -(-rows // 16) <= CHIP // 4
     block_m = min(query_rows(rows), 16 if few else 64)
@@ -78,7 +84,9 @@ def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[int, int, i
     splits = max(floor_power_of_two(CHIP // programs), 4 if programs < CHIP else 1)
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
-    return splits, block_m, block_n, 4 if few and q.dtype != torch.float32 else warps, stages
+    if few and pages is None and q.dtype != torch.float32:
+        warps = 4
+    return splits, block_m, block_n, warps, stages
 
 
 def launch(
@@ -92,14 +100,15 @@ def launch(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:
     """Runs `clsa::attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv], lse fp32 [B, H, S]."""
     q = q.contiguous()
     b, h, s, d = q.shape
-    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
-    splits, block_m, block_n, warps, stages = plan(q, k, v)
+    hkv, t, dv = k.shape[1], key_slots(k, pages), v.shape[3]
+    splits, block_m, block_n, warps, stages = plan(q, k, v, pages)
     direct = splits == 1
     out = output(q, dv)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
@@ -113,6 +122,7 @@ def launch(
         direct=direct,
         with_lse=True,
         latent=is_latent(k, v),
+        paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (1, 2)),
     )
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
@@ -132,6 +142,7 @@ def launch(
         **bounds_arguments(bounds),
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
+        **page_arguments(k, pages),
         **mask_arguments(mask, mask_inputs),
         SCALE=scale,
         H=h,

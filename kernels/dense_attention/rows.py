@@ -1,4 +1,4 @@
-"""Dense attention of a prompt where torch's own cannot be used: softcap, sinks, or the lse is wanted."""
+"""Dense attention of a prompt where torch's own cannot be used: softcap, sinks, pages, the lse."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.launch import (
     Wrap,
@@ -18,6 +19,7 @@ from clsa_compile.kernels.launch import (
     mask_context,
     output,
     padded_width,
+    page_arguments,
     parts,
     strides,
     unsupported_dtype,
@@ -55,13 +57,14 @@ def launch(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:
     """Runs `clsa::attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv], lse fp32 [B, H, S]."""
     q = q.contiguous()
     b, h, s, d = q.shape
-    hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
+    hkv, t, dv = k.shape[1], key_slots(k, pages), v.shape[3]
     block_m, block_n, warps, stages = plan(k, v)
     out = output(q, dv)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
@@ -75,6 +78,7 @@ def launch(
         direct=True,
         with_lse=True,
         latent=False,
+        paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
     args: dict[str, Any] = {}
@@ -94,6 +98,7 @@ def launch(
         **bounds_arguments(bounds),
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
+        **page_arguments(k, pages),
         **mask_arguments(mask, mask_inputs),
         SCALE=scale,
         H=h,

@@ -23,6 +23,8 @@ def supports(facts: Facts) -> Support:
         return Support(False, "torch's attention has no softcap")
     if facts.sinks:
         return Support(False, "torch's attention has no sinks")
+    if facts.paged:
+        return Support(False, "torch's attention reads no paged cache")
     if facts.lse_used:
         return Support(False, "torch's attention does not hand out the lse")
     return SUPPORTED
@@ -46,10 +48,12 @@ def launch(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:
-    """Runs `clsa::attention` through SDPA; the lse is not filled in, see `supports`."""
+    """Runs `clsa::attention` through SDPA; the lse is not filled in, no pages are read, see `supports`."""
+    assert pages is None
     b, h, s, _ = q.shape
     hkv, t = k.shape[1], k.shape[2]
     lse = q.new_empty((b, h, s), dtype=torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.ops import DECODE_ROWS
+from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
@@ -22,6 +23,7 @@ from clsa_compile.kernels.launch import (
     mask_arguments,
     mask_context,
     padded_width,
+    page_arguments,
     parts,
     power_of_two,
     static,
@@ -78,13 +80,14 @@ def scan(
     score: str,
     predicate: str,
     per_kv_head: bool,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> Tensor:
     """Returns fp32 scores [B, 1|Hkv, S, Tpad]; keys outside `bounds` and beyond T hold anything."""
     q = q.contiguous()
     b, h, s, d = q.shape
-    hkv, t = k.shape[1], k.shape[2]
+    hkv, t = k.shape[1], key_slots(k, pages)
     heads = hkv if per_kv_head else 1
     group = h // hkv
     shape = plan(d, group, q.dtype, (b if static(b) else ASSUMED_BATCH) * heads)
@@ -99,6 +102,7 @@ def scan(
         single=group == 1,
         resident=(hkv == heads) and group <= shape.block_h and s <= MOST_RESIDENT,
         S=s,
+        paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
     args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
@@ -113,6 +117,7 @@ def scan(
         **args,
         **bounds_arguments(bounds),
         **strides("k", "bhtd", k),
+        **page_arguments(k, pages),
         **mask_arguments(mask, mask_inputs),
         SCALE=scale,
         H=h,
@@ -142,17 +147,19 @@ def launch(
     score: str,
     predicate: str,
     per_kv_head: bool,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> Tensor:
     """Runs `clsa::index_topk` for S <= DECODE_ROWS: int32 [B, 1|Hkv, S, topk]."""
     scores = scan(
-        q, k, weight, lse, mask, bounds, mask_inputs, scale, score, predicate, per_kv_head, wrap=wrap
+        q, k, weight, lse, mask, bounds, mask_inputs, scale, score, predicate, per_kv_head, pages, wrap=wrap
     )
     b, heads, s, _ = scores.shape
+    t = key_slots(k, pages)
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
     lines = (b if static(b) else ASSUMED_BATCH) * heads * s
-    select(scores, bounds, out, 0, k.shape[2], segments(lines, k.shape[2]), wrap)
+    select(scores, bounds, out, 0, t, segments(lines, t), wrap)
     return out
 
 

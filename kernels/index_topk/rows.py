@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
@@ -20,6 +21,7 @@ from clsa_compile.kernels.launch import (
     mask_arguments,
     mask_context,
     padded_width,
+    page_arguments,
     parts,
     static,
     strides,
@@ -74,13 +76,14 @@ def launch(
     score: str,
     predicate: str,
     per_kv_head: bool,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> Tensor:
     """Runs `clsa::index_topk` for any S: int32 [B, 1|Hkv, S, topk]."""
     q = q.contiguous()
     b, h, s, d = q.shape
-    hkv, t = k.shape[1], k.shape[2]
+    hkv, t = k.shape[1], key_slots(k, pages)
     block_m, block_n, warps = plan(d, q.dtype)
     heads = hkv if per_kv_head else 1
     jit = kernel(
@@ -89,10 +92,12 @@ def launch(
         d_parts=parts(d),
         bounds=bounds is not None,
         per_kv_head=per_kv_head,
+        paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
     args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)
     args |= bounds_arguments(bounds) | mask_arguments(mask, mask_inputs) | strides("k", "bhtd", k)
+    args |= page_arguments(k, pages)
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
     chunk = rows_at_once(b, heads, s, t)
     for first in range(0, s, chunk) if static(s) else (0,):

@@ -21,6 +21,7 @@ from clsa_compile.kernels.launch import (
     mask_context,
     output,
     padded_width,
+    page_arguments,
     parts,
     split_scratch,
     static,
@@ -37,14 +38,16 @@ def supports(facts: Facts) -> Support:
     return Support(False, reason) if reason else SUPPORTED
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int, int]:
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, topk: Any, pages: Tensor | None = None
+) -> tuple[int, int, int, int, int]:
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
     group = q.shape[1] // hkv
     # An unknown number of query rows is a prompt: rows enough to fill the chip.
     rows = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
     if is_latent(k, v):
-        return latent_plan(q, k, v, rows)
+        return latent_plan(q, k, v, rows, pages is not None)
     block_m = heads_at_once(group, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
     programs = rows * -(-group // block_m)
     # Measured on an H100, k = 2048 and heads of 128, batches of 1 to 32: 64 tokens a step; where there are
@@ -56,15 +59,18 @@ def plan(q: Tensor, k: Tensor, v: Tensor, topk: Any) -> tuple[int, int, int, int
     return max(1, min(splits, floor_power_of_two(longest))), block_m, block_n, warps, stages
 
 
-def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int) -> tuple[int, int, int, int, int]:
+def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int, paged: bool) -> tuple[int, int, int, int, int]:
     """Returns `plan` for MLA's latent rows: 16 heads a program, one program a multiprocessor.
 
     Measured on an H100 with 128 heads, k = 2048: 12 us for one row of queries, 120 us for 32 (150 Tflop/s).
+    With the page of each token to look up, 4 warps spill.
     """
     group = q.shape[1] // k.shape[1]
     block_n, warps, stages = tile_plan(q, k, v, 16, 64, 2)
     splits = floor_power_of_two(CHIP // (rows * -(-group // 16)))
-    return splits, 16, block_n, min(warps, 4) if q.dtype != torch.float32 else warps, stages
+    if not paged and q.dtype != torch.float32:
+        warps = 4
+    return splits, 16, block_n, warps, stages
 
 
 def launch(
@@ -79,6 +85,7 @@ def launch(
     scale: float,
     softcap: float,
     predicate: str,
+    pages: Tensor | None = None,
     *,
     wrap: Wrap,
 ) -> Tensor:
@@ -89,7 +96,7 @@ def launch(
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
-    splits, block_m, block_n, warps, stages = plan(q, k, v, topk)
+    splits, block_m, block_n, warps, stages = plan(q, k, v, topk, pages)
     direct = splits == 1
     out = output(q, dv)
     jit = kernel(
@@ -102,6 +109,7 @@ def launch(
         direct=direct,
         with_lse=False,
         latent=is_latent(k, v),
+        paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (1,)),
     )
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
@@ -125,6 +133,7 @@ def launch(
         **args,
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
+        **page_arguments(k, pages),
         **index_strides,
         **mask_arguments(mask, mask_inputs),
         SCALE=scale,

@@ -70,3 +70,49 @@ def test_ops_on_cuda_run_kernels() -> None:
     assert torch.equal(index.cpu(), want)
     exact = torch.ops.clsa.sparse_attention(q, k, v, want, None, None, [], None, SCALE, 0.0, "")
     torch.testing.assert_close(out.cpu().float(), exact, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.gpu
+def test_ops_on_cuda_read_paged_caches() -> None:
+    q, k, v = operands("cuda", torch.float16)
+    # An engine's pool [N, P, Hkv, D] of pages of 10 tokens; sequence b holds every second page.
+    pools = [x.view(2, 2, 5, 10, 32).permute(2, 0, 3, 1, 4).reshape(10, 10, 2, 32) for x in (k, v)]
+    kp, vp = (pool.transpose(1, 2) for pool in pools)
+    pages = torch.arange(10, device="cuda", dtype=torch.int32).view(5, 2).T
+    head = (None, None, None, None, [], 8, SCALE, DOT_PRODUCT.text, "", False)
+    tail = (None, None, [], None, SCALE, 0.0, "")
+    index = torch.ops.clsa.index_topk(q, k, *head)
+    assert torch.equal(torch.ops.clsa.index_topk(q, kp, *head, pages), index)
+    for paged, plain in (
+        (
+            torch.ops.clsa.sparse_attention(q, kp, vp, index, *tail, pages=pages),
+            torch.ops.clsa.sparse_attention(q, k, v, index, *tail),
+        ),
+        (torch.ops.clsa.attention(q, kp, vp, *tail, pages)[0], torch.ops.clsa.attention(q, k, v, *tail)[0]),
+    ):
+        torch.testing.assert_close(paged, plain, atol=2e-3, rtol=2e-3)
+    prompt = q.repeat(1, 1, 20, 1)
+    paged, plain = (
+        torch.ops.clsa.attention(prompt, kp, vp, *tail, pages),
+        torch.ops.clsa.attention(prompt, k, v, *tail),
+    )
+    torch.testing.assert_close(paged[0], plain[0], atol=2e-3, rtol=2e-3)
+
+
+def test_a_block_table_must_fit_the_cache() -> None:
+    q, k, v = operands()
+    args = (q, k, v, None, None, [], None, SCALE, 0.0, "")
+    with pytest.raises(ValueError, match="int32"):
+        run("attention", (recorded([]),), *args, torch.zeros(2, 3))
+    table = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="pages of K hold 50 tokens, those of V 40"):
+        run("attention", (recorded([]),), q, k, v[:, :, :40], *args[3:], table)
+
+
+def test_facts_of_a_paged_cache() -> None:
+    q, k, v = operands()
+    seen: list[Any] = []
+    args = (q, k, v, None, None, [], None, SCALE, 0.0, "", torch.zeros(2, 3, dtype=torch.int32))
+    assert run("attention", (recorded(seen),), *args) == "launched"
+    assert seen[0].paged
+    assert (seen[0].B, seen[0].T) == (2, 150)

@@ -17,6 +17,7 @@ from clsa_compile.kernels import catalog
 from clsa_compile.kernels.catalog import VARIANTS
 
 B, H, HKV, D, TOPK = 3, 8, 2, 64, 32
+PAGE, POOL = 20, 777
 
 
 def facts(op: str, **changes: Any) -> Facts:
@@ -31,8 +32,9 @@ def facts(op: str, **changes: Any) -> Facts:
 def test_every_op_has_a_variant_for_decode_and_for_prompts() -> None:
     for op in ("attention", "sparse_attention", "index_topk"):
         for s in (1, 8, 9, 4096):
-            variant, reasons = select(VARIANTS, facts(op, S=s))
-            assert variant is not None, reasons
+            for paged in (False, True):
+                variant, reasons = select(VARIANTS, facts(op, S=s, paged=paged))
+                assert variant is not None, reasons
 
 
 def test_names_are_unique_and_ops_exist() -> None:
@@ -61,20 +63,25 @@ def test_the_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     assert catalog.sources_hash() == first
 
 
-def tensors(op: str, s: int, t: int, dynamic: bool) -> list[torch.Tensor]:
-    """Returns fake CPU tensors for `op`; with `dynamic`, the keys T and the batch B are symbols."""
+def tensors(op: str, s: int, t: int, dynamic: bool, paged: bool) -> list[torch.Tensor]:
+    """Returns fake CPU tensors for `op`, a block table last where `paged`.
+
+    With `dynamic`, the keys T and the batch B, and of a pool the number of pages, are symbols.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         real = torch.empty(sizes, dtype=dtype)
-        kinds = [DimDynamic.DYNAMIC if dynamic and size in (t, B) else DimDynamic.STATIC for size in sizes]
+        symbols = (t, t // PAGE, B, POOL) if dynamic else ()
+        kinds = [DimDynamic.DYNAMIC if size in symbols else DimDynamic.STATIC for size in sizes]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         return mode.from_tensor(real, symbolic_context=context)
 
+    cache = (POOL, HKV, PAGE, D) if paged else (B, HKV, t, D)
     common = [
         fake(B, H, s, D),
-        fake(B, HKV, t, D),
-        fake(B, HKV, t, D),
+        fake(*cache),
+        fake(*cache),
         fake(B, 1, s, t, dtype=torch.bool),
         fake(B, s, 2, dtype=torch.int32),
         fake(s, dtype=torch.int64),
@@ -83,6 +90,8 @@ def tensors(op: str, s: int, t: int, dynamic: bool) -> list[torch.Tensor]:
         common.append(fake(B, 1, s, TOPK, dtype=torch.int32))
     if op == "index_topk":
         common.append(fake(B, H, s))
+    if paged:
+        common.append(fake(B, t // PAGE, dtype=torch.int32))
     return common
 
 
@@ -90,32 +99,38 @@ def call(variant: Variant, s: int) -> Callable[..., Any]:
     """Returns a function of `tensors` that runs the variant as it is traced."""
     scale, predicate = D**-0.5, "kv <= in0(q)"
 
-    def attention(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any) -> Any:
+    def attention(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, *pages: Any) -> Any:
         return variant.launch(
-            q, k, v, mask, bounds, [position], None, scale, 0.0, predicate,
+            q, k, v, mask, bounds, [position], None, scale, 0.0, predicate, *pages,
             wrap=torch.library.wrap_triton,
         )  # fmt: skip
 
-    def sparse(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, indices: Any) -> Any:
+    def sparse(
+        q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, indices: Any, *pages: Any
+    ) -> Any:
         return variant.launch(
-            q, k, v, indices, mask, bounds, [position], None, scale, 0.0, predicate,
+            q, k, v, indices, mask, bounds, [position], None, scale, 0.0, predicate, *pages,
             wrap=torch.library.wrap_triton,
         )  # fmt: skip
 
-    def index(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, weight: Any) -> Any:
+    def index(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, weight: Any, *pages: Any) -> Any:
         return variant.launch(
             q, k, weight, None, mask, bounds, [position], TOPK, scale, LIGHTNING.text, predicate, False,
-            wrap=torch.library.wrap_triton,
+            *pages, wrap=torch.library.wrap_triton,
         )  # fmt: skip
 
     return {"attention": attention, "sparse_attention": sparse, "index_topk": index}[variant.op]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.op}-{v.name}")
-def test_every_launch_can_be_traced(variant: Variant, dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("variant", "paged"),
+    [(v, paged) for v in VARIANTS for paged in (False, True) if v.supports(facts(v.op, paged=paged)).ok],
+    ids=lambda v: f"{v.op}-{v.name}" if isinstance(v, Variant) else ("paged" if v else "plain"),
+)
+def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool) -> None:
     s = 2 if variant.name == "decode" else 40
-    inputs = tensors(variant.op, s, 5000, dynamic)
+    inputs = tensors(variant.op, s, 5000, dynamic, paged)
     with inputs[0].fake_mode:
         graph = make_fx(call(variant, s), tracing_mode="real")(*inputs).graph
     kernels = [n for n in graph.nodes if "triton_kernel_wrapper" in str(n.target)]

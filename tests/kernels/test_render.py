@@ -32,6 +32,7 @@ MASKED: dict[str, Any] = {
     "direct": False,
     "with_lse": True,
     "latent": False,
+    "paged": False,
     "mask": "additive",
     "mask_rows": True,
     "predicate": "(kv <= in0(q)) & Ne(in1(b, kv), 0)",
@@ -44,6 +45,7 @@ SCAN: dict[str, Any] = {
     "single": False,
     "resident": True,
     "S": 2,
+    "paged": False,
     "mask": "",
     "mask_rows": False,
     "predicate": "",
@@ -103,6 +105,15 @@ def test_the_score_is_in_the_text(score: Any) -> None:
     text = render("index_scan_decode", {**SCAN, "score": score.text})
     assert ("weight_ptr" in text) == score.uses_weight
     assert ("lse_ptr" in text) == score.uses_lse
+
+
+@pytest.mark.parametrize(
+    ("template", "context"),
+    [("attention_decode", MASKED), ("index_scan_decode", {**SCAN, "score": "sum: dot"})],
+)
+def test_only_paged_kernels_read_a_block_table(template: str, context: Any) -> None:
+    assert "page" not in render(template, context)
+    assert "PAGE: tl.constexpr" in render(template, {**context, "paged": True})
 
 
 def test_predicates_become_loads() -> None:

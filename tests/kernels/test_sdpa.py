@@ -99,7 +99,7 @@ def test_what_is_refused_has_a_reason() -> None:
         "additive": True, "lse_used": False,
     }  # fmt: skip
     assert supports(Facts(**known)).ok
-    for name in ("softcap", "sinks", "lse_used"):
+    for name in ("softcap", "sinks", "lse_used", "paged"):
         support = supports(Facts(**(known | {name: True})))
         assert not support.ok
         assert support.reason
