@@ -36,6 +36,8 @@ SCANS_AN_SM = (1, 2, 4)
 MARGIN = 0.05
 # Registers of a thread, as the model estimates them. The estimate is rough, and above 255 a thread spills.
 MOST_REGISTERS = 200
+# Narrow heads, by the width of K and V together, for which the compiler was seen to spill on sm_90.
+SPILLS = {"sparse_attention": (128, ((64, 4, 2), (64, 4, 3)))}
 # Widths of K and V together up to which what was measured at 256 is extrapolated.
 MOST_WIDTH = 512
 
@@ -53,7 +55,11 @@ def modelled(dtype: torch.dtype, block_m: int, width: int) -> bool:
 def candidates(name: str, sizes: Sizes, device: Device) -> Iterator[tuple[int, Shape]]:
     """Yields (preference, shape) of what fits the device's shared memory and registers."""
     most = min(device.program_shared, device.shared)
-    for rank, (block_n, warps, stages) in enumerate(BLOCKS[name]):
+    narrow, spilling = SPILLS.get(name, (0, ()))
+    for rank, block in enumerate(BLOCKS[name]):
+        if sizes.D + sizes.Dv <= narrow and block in spilling:
+            continue
+        block_n, warps, stages = block
         for splits in _splits(name, sizes, device):
             shape = Shape(block_n, warps, stages, splits)
             shared, registers = needs(name, sizes, shape)
