@@ -19,7 +19,7 @@ from clsa_compile.kernels.launch import LOADS_IN_FLIGHT, ceil_div, floor_power_o
 
 # (BLOCK_N, warps, stages), in order of preference.
 BLOCKS = {
-    "attention_decode": ((64, 8, 4), (64, 8, 3), (64, 4, 3), (64, 4, 2), (32, 4, 4), (128, 8, 4)),
+    "attention_decode": ((128, 8, 4), (64, 8, 4), (64, 8, 3), (64, 4, 3), (64, 4, 2), (32, 4, 4)),
     "sparse_attention": ((64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 2)),
     "index_scan": ((64, 4, 4), (64, 4, 3), (128, 8, 3)),
     "index_scan_single": ((64, 8, 2), (64, 8, 3), (128, 8, 2)),
@@ -56,16 +56,15 @@ def candidates(name: str, sizes: Sizes, device: Device) -> Iterator[tuple[int, S
     """Yields (preference, shape) of what fits the device's shared memory and registers."""
     most = min(device.program_shared, device.shared)
     narrow, spilling = SPILLS.get(name, (0, ()))
+    splits = list(_splits(name, sizes, device))
     for rank, block in enumerate(BLOCKS[name]):
         if sizes.D + sizes.Dv <= narrow and block in spilling:
             continue
-        block_n, warps, stages = block
-        for splits in _splits(name, sizes, device):
-            shape = Shape(block_n, warps, stages, splits)
-            shared, registers = needs(name, sizes, shape)
-            in_flight = block_n * (sizes.D + sizes.Dv) * sizes.E * (stages - 1)
-            if shared <= most and in_flight <= LOADS_IN_FLIGHT and registers <= MOST_REGISTERS:
-                yield rank, shape
+        block_n, _, stages = block
+        shared, registers = needs(name, sizes, Shape(*block, 1))
+        in_flight = block_n * (sizes.D + sizes.Dv) * sizes.E * (stages - 1)
+        if shared <= most and in_flight <= LOADS_IN_FLIGHT and registers <= MOST_REGISTERS:
+            yield from ((rank, Shape(*block, count)) for count in splits)
 
 
 def _splits(name: str, sizes: Sizes, device: Device) -> Iterator[int]:
@@ -90,8 +89,8 @@ def ranked(name: str, sizes: Sizes, device: Device) -> tuple[tuple[float, Shape]
         (microseconds(name, sizes, shape, device), rank, shape)
         for rank, shape in candidates(name, sizes, device)
     ]
-    least = min((us for us, *_ in found), default=0.0)
-    found.sort(key=lambda entry: (entry[1] if entry[0] <= (1 + MARGIN) * least else len(found), entry[0]))
+    near = (1 + MARGIN) * min((us for us, *_ in found), default=0.0)
+    found.sort(key=lambda entry: (entry[0] > near, entry[1] if entry[0] <= near else 0, entry[0]))
     return tuple((us, shape) for us, _, shape in found)
 
 

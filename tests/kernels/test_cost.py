@@ -134,6 +134,17 @@ def test_every_size_has_a_choice_that_fits(kernel: str, sizes: Sizes) -> None:
     assert microseconds(kernel, sizes, chosen, H100) > 0
 
 
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_what_is_nearly_the_best_comes_first_in_order_of_preference(entry: Entry) -> None:
+    found = ranked(entry.kernel, entry.sizes, H100)
+    ranks = [choice.BLOCKS[entry.kernel].index((s.block_n, s.warps, s.stages)) for _, s in found]
+    near = (1 + choice.MARGIN) * min(us for us, _ in found)
+    count = sum(us <= near for us, _ in found)
+    assert all(us <= near for us, _ in found[:count])
+    assert ranks[:count] == sorted(ranks[:count])
+    assert [us for us, _ in found[count:]] == sorted(us for us, _ in found[count:])
+
+
 def test_a_smaller_chip_gets_smaller_steps() -> None:
     sizes = Sizes(1, 8, 3, 131072, 256, 256, 2)
     small = replace(H100, shared=102400, program_shared=101376)
