@@ -389,7 +389,7 @@ def topk(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     rows = torch.randn(shape.B, 1, 1, padded(shape.T), device=CUDA)
     scores = rows[..., : shape.T]
     out = torch.empty(shape.B, 1, 1, TOPK, dtype=torch.int32, device=CUDA)
-    nt = segments(shape.B, shape.T)
+    nt = segments(shape.B, shape.T, torch.cuda.get_device_properties(CUDA).multi_processor_count)
     took = graph_time([lambda: select(rows, None, out, 0, shape.T, nt, straight)], repeats)
     other = graph_time([lambda: scores.topk(TOPK, sorted=False)], repeats)
     chosen = scores.gather(-1, out.long()).sort(-1, descending=True).values

@@ -95,21 +95,29 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     _report_left(decision.plan, options)
     if not any(entry.action != "left" for entry in decision.plan.sites):
         return gm  # nothing to gain from another dialect
-    captured, choices = carry_out(captured, decision, variants_for(captured), _wrap_triton, dump.graph)
+    variants = variants_for(captured, options)
+    captured, choices = carry_out(captured, decision, variants, _wrap_triton, dump.graph)
     dump.choices(choices)
     _count_choices(decision.plan)
     _log(decision.plan, choices)
     return captured.module
 
 
-def variants_for(captured: Captured) -> tuple[Variant, ...]:
+def variants_for(captured: Captured, options: Options) -> tuple[Variant, ...]:
     """Returns the variants for a graph's device: torch's own on a CPU. Raises MissingTritonError."""
     devices = {
         node.meta["val"].device.type
         for node in captured.graph.nodes
         if isinstance(node.meta.get("val"), torch.Tensor)
     }
-    return kernels() if "cuda" in devices else torch_kernels()
+    if "cuda" not in devices:
+        return torch_kernels()
+    found = kernels()
+    if not options.autotune:
+        return found
+    from clsa_compile.kernels.autotune import tuned
+
+    return tuned(found)
 
 
 def _wrap_triton(kernel: Any) -> Any:

@@ -24,6 +24,7 @@ class Options:
     dump: a folder for the graphs of each stage, or None.
     inductor: options handed on to Inductor.
     mode: one of Inductor's modes.
+    autotune: kernels are timed while a graph is compiled for CUDA, and the fastest shape is kept on disk.
     """
 
     share: str = "off"
@@ -31,6 +32,7 @@ class Options:
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str = "default"
+    autotune: bool = False
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -80,6 +82,7 @@ class Options:
                 "a dict of Inductor's options by name",
             ),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
+            ("autotune", isinstance(self.autotune, bool), "True or False"),
         )
         for name, ok, accepted in checks:
             if not ok:
@@ -88,4 +91,5 @@ class Options:
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        return f"share={self.share};strict={self.strict};mode={self.mode};inductor={inductor}"
+        ours = f"share={self.share};strict={self.strict};mode={self.mode};autotune={self.autotune}"
+        return f"{ours};inductor={inductor}"

@@ -18,8 +18,6 @@ from clsa_compile.kernels.render import kernel
 Wrap: TypeAlias = Callable[[Any], Any]
 Part: TypeAlias = tuple[int, int, bool]
 
-# Programs that fill the chips this was measured on (H100: 132 SMs), once.
-CHIP = 132
 # Shared memory that the loads in flight of one program may take, in bytes. With what else a program
 # needs this fits sm_80 (163 KiB), sm_90 and sm_100 (227 KiB).
 LOADS_IN_FLIGHT = 131072
@@ -27,6 +25,8 @@ LOADS_IN_FLIGHT = 131072
 MOST_SUMS = 20480
 MOST_ROWS = 128
 MOST_WIDTH = 576
+# Keys assumed where their number is not known while tracing.
+ASSUMED_KEYS = 131072
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str:

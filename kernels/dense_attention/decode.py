@@ -11,8 +11,11 @@ from torch import Tensor
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.choice import choose, modelled
+from clsa_compile.kernels.cost import Sizes
+from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
-    CHIP,
+    ASSUMED_KEYS,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -49,42 +52,48 @@ def plan(q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None) -> tuple[
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, hkv, t = q.shape[0], k.shape[1], key_slots(k, pages)
     rows = q.shape[1] // hkv * q.shape[2]
+    device = Device.of(q.device)
     if is_latent(k, v):
-        return latent_plan(q, k, v, rows, pages)
-    block_m = heads_at_once(rows, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
-    programs = (b if static(b) else 1) * hkv * -(-rows // block_m)
-    # Measured on an H100 with heads of 128, batches of 1 to 32: 64 keys, 8 warps and 4 stages are within 1%
-    # of the best of each, with two programs an SM, or 4 splits where heads alone make as many.
-    narrow = padded_width(k.shape[3]) <= 64
-    block_n, warps, stages = tile_plan(q, k, v, block_m, 128 if narrow else 64, 4 if block_m <= 32 else 2)
+        return latent_plan(q, k, v, rows, t, device, pages is not None)
+    d, dv = padded_width(k.shape[3]), padded_width(v.shape[3])
+    block_m = heads_at_once(rows, max(d, dv))
+    batch, keys = (b if static(b) else 1), (t if static(t) else ASSUMED_KEYS)
+    if modelled(q.dtype, block_m, d + dv):
+        sizes = Sizes(batch, hkv, rows, keys, d, dv, k.element_size())
+        if shape := choose("attention_decode", sizes, device):
+            return shape.splits, block_m, shape.block_n, shape.warps, shape.stages
+    # Many heads over one row, float32, wide heads: two programs an SM, or 4 splits where heads alone make as
+    # many. The model has no data for them.
+    programs = batch * hkv * -(-rows // block_m)
+    block_n, warps, stages = tile_plan(q, k, v, block_m, 128 if d <= 64 else 64, 4 if block_m <= 32 else 2)
+    few = programs < device.sms
     splits = (
-        floor_power_of_two(2 * CHIP // programs) if programs < CHIP else (4 if programs < 4 * CHIP else 1)
+        floor_power_of_two(2 * device.sms // programs) if few else (4 if programs < 4 * device.sms else 1)
     )
-    if static(t):
-        splits = min(splits, power_of_two(-(-t // block_n)))
+    splits = min(splits, power_of_two(-(-keys // block_n)))
     return min(splits, 128), block_m, block_n, max(warps, 8), stages
 
 
 def latent_plan(
-    q: Tensor, k: Tensor, v: Tensor, rows: int, pages: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, rows: int, t: Any, device: Device, paged: bool
 ) -> tuple[int, int, int, int, int]:
-    """Returns `plan` for MLA's latent rows: one program a multiprocessor.
+    """Returns `plan` for MLA's latent rows: one program a multiprocessor. The model has no data for them.
 
     Measured on an H100 with 128 heads over 32768 keys: 71 us for one sequence (128 Tflop/s), 16 heads a
     program (32 are faster by 10% and spill); 1064 us for 32 sequences (275 Tflop/s), 64 heads a program.
 
     In a paged cache each row has a pointer of its own, and 4 warps spill.
     """
-    b, t = q.shape[0], key_slots(k, pages)
+    b = q.shape[0]
     heads = (b if static(b) else 1) * k.shape[1]
-    few = heads * -(-rows // 16) <= CHIP // 4
+    few = heads * -(-rows // 16) <= device.sms // 4
     block_m = min(query_rows(rows), 16 if few else 64)
     block_n, warps, stages = tile_plan(q, k, v, block_m, 64, 2)
     programs = heads * -(-rows // block_m)
-    splits = max(floor_power_of_two(CHIP // programs), 4 if programs < CHIP else 1)
+    splits = max(floor_power_of_two(device.sms // programs), 4 if programs < device.sms else 1)
     if static(t):
         splits = min(splits, power_of_two(-(-t // block_n)))
-    if few and pages is None and q.dtype != torch.float32:
+    if few and not paged and q.dtype != torch.float32:
         warps = 4
     return splits, block_m, block_n, warps, stages
 

@@ -13,10 +13,13 @@ from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
+from clsa_compile.kernels.choice import choose
+from clsa_compile.kernels.cost import Sizes
+from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
 from clsa_compile.kernels.index_topk.select import padded, segments, select
 from clsa_compile.kernels.launch import (
-    CHIP,
+    ASSUMED_KEYS,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -35,6 +38,8 @@ from clsa_compile.kernels.render import kernel
 ASSUMED_BATCH = 4
 # Query rows whose heads may stay on the chip while keys go by.
 MOST_RESIDENT = 2
+# Width up to which what was measured at 128 is extrapolated.
+MODELLED_WIDTH = 256
 
 
 def supports(facts: Facts) -> Support:
@@ -55,17 +60,24 @@ class Plan:
     programs: int
 
 
-def plan(d: int, group: int, dtype: torch.dtype, lines: int) -> Plan:
-    """Returns the shape of the scan of `lines` rows of scores (batch by key heads)."""
+def plan(q: Tensor, k: Tensor, heads: int, t: Any) -> Plan:
+    """Returns the shape of a scan of t keys that writes `heads` rows of scores a sequence and query row."""
+    b, group = q.shape[0], q.shape[1] // k.shape[1]
+    device = Device.of(q.device)
+    batch, d = (b if static(b) else ASSUMED_BATCH), padded_width(k.shape[3])
     block_h = min(64, max(16, power_of_two(group)))
-    if dtype == torch.float32:
-        return Plan(32, 16, 8, 2, max(1, 4 * CHIP // lines))
-    wide = padded_width(d)
-    block_n = 64 if wide <= 256 else 32
-    # Measured on an H100, 131072 keys of 128: one head 14.2 us with 4 programs an SM, 64 heads 13.3 us, 2.
-    if group == 1:
-        return Plan(block_n, block_h, 8, 2, max(1, 4 * CHIP // lines))
-    return Plan(block_n, block_h, 4, 4, max(1, 2 * CHIP // lines))
+    if q.dtype == torch.float32:
+        return Plan(32, 16, 8, 2, max(1, 4 * device.sms // (batch * heads)))
+    keys = t if static(t) else ASSUMED_KEYS
+    sizes = Sizes(batch, heads, group, keys, d, 0, k.element_size())
+    if d <= MODELLED_WIDTH and (
+        shape := choose("index_scan_single" if group == 1 else "index_scan", sizes, device)
+    ):
+        return Plan(shape.block_n, block_h, shape.warps, shape.stages, shape.splits)
+    # Wide index heads. The model has no data for them.
+    warps, stages, an_sm = (8, 2, 4) if group == 1 else (4, 4, 2)
+    block_n = 64 if d <= 256 else 32
+    return Plan(block_n, block_h, warps, stages, max(1, an_sm * device.sms // (batch * heads)))
 
 
 def scan(
@@ -90,7 +102,7 @@ def scan(
     hkv, t = k.shape[1], key_slots(k, pages)
     heads = hkv if per_kv_head else 1
     group = h // hkv
-    shape = plan(d, group, q.dtype, (b if static(b) else ASSUMED_BATCH) * heads)
+    shape = plan(q, k, heads, t)
     tpad = padded(t)
     scores = q.new_empty((b, heads, s, tpad), dtype=torch.float32)
     jit = kernel(
@@ -159,7 +171,7 @@ def launch(
     t = key_slots(k, pages)
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
     lines = (b if static(b) else ASSUMED_BATCH) * heads * s
-    select(scores, bounds, out, 0, t, segments(lines, t), wrap)
+    select(scores, bounds, out, 0, t, segments(lines, t, Device.of(q.device).sms), wrap)
     return out
 
 

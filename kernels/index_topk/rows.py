@@ -11,10 +11,11 @@ from torch import Tensor
 from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
+from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
 from clsa_compile.kernels.index_topk.select import padded, row_bytes, segments, select
 from clsa_compile.kernels.launch import (
-    CHIP,
+    ASSUMED_KEYS,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -30,8 +31,6 @@ from clsa_compile.kernels.render import kernel
 
 # The scores of one chunk of query rows, and the candidates listed of them, take at most this much.
 SCORE_BYTES = 256 * 1024 * 1024
-# Keys assumed where their number is not known while tracing.
-ASSUMED_KEYS = 131072
 
 
 def supports(facts: Facts) -> Support:
@@ -124,8 +123,9 @@ def launch(
             num_stages=2,
         )
         # A prompt of unknown length has rows enough to fill the chip with one program each.
-        lines = b * heads * rows if static(b) and static(rows) else CHIP
-        select(scores, bounds, out, first, t, segments(lines, t), wrap)
+        sms = Device.of(q.device).sms
+        lines = b * heads * rows if static(b) and static(rows) else sms
+        select(scores, bounds, out, first, t, segments(lines, t, sms), wrap)
     return out
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from clsa_compile.kernels.launch import (
-    CHIP,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -49,12 +48,12 @@ def chunk(nt: int) -> int:
     return CHUNK if nt == MAX_SEGMENTS else 2 * CHUNK
 
 
-def segments(rows: int, t: Any) -> int:
+def segments(rows: int, t: Any, sms: int) -> int:
     """Returns NT, the number of programs that share one of `rows` rows, a power of two.
 
-    Two programs a multiprocessor at most: each of them reads the whole sample.
+    Two programs for each of `sms` multiprocessors at most: each of them reads the whole sample.
     """
-    wanted = floor_power_of_two(2 * CHIP // rows)
+    wanted = floor_power_of_two(2 * sms // rows)
     longest = power_of_two(-(-t // CHUNK)) if static(t) else MAX_SEGMENTS
     return max(1, min(wanted, longest, MAX_SEGMENTS))
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.choice import choose, modelled
+from clsa_compile.kernels.cost import Sizes
+from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
-    CHIP,
     Wrap,
     ceil_div,
     combine,
@@ -31,6 +33,9 @@ from clsa_compile.kernels.launch import (
 )
 from clsa_compile.kernels.render import kernel
 
+# Tokens assumed where their number is not known while tracing.
+ASSUMED_TOKENS = 2048
+
 
 def supports(facts: Facts) -> Support:
     """Takes any number of query rows; each is a program of its own, or one for each block of heads."""
@@ -44,30 +49,36 @@ def plan(
     """Returns (NSPLIT, BLOCK_M, BLOCK_N, num_warps, num_stages) from the sizes that are known."""
     b, s, hkv = q.shape[0], q.shape[2], k.shape[1]
     group = q.shape[1] // hkv
+    device = Device.of(q.device)
     # An unknown number of query rows is a prompt: rows enough to fill the chip.
-    rows = (b if static(b) else 1) * s * hkv if static(s) else 4 * CHIP
+    rows = (b if static(b) else 1) * s * hkv if static(s) else 4 * device.sms
     if is_latent(k, v):
-        return latent_plan(q, k, v, rows, pages is not None)
-    block_m = heads_at_once(group, max(padded_width(k.shape[3]), padded_width(v.shape[3])))
+        return latent_plan(q, k, v, rows, device, pages is not None)
+    d, dv = padded_width(k.shape[3]), padded_width(v.shape[3])
+    block_m = heads_at_once(group, max(d, dv))
+    tokens = topk if static(topk) else ASSUMED_TOKENS
+    if modelled(q.dtype, block_m, d + dv):
+        sizes = Sizes(max(1, rows // hkv), hkv, group, tokens, d, dv, k.element_size())
+        if shape := choose("sparse_attention", sizes, device):
+            return shape.splits, block_m, shape.block_n, shape.warps, shape.stages
+    # Many heads over one row, float32, wide heads. The model has no data for them.
     programs = rows * -(-group // block_m)
-    # Measured on an H100, k = 2048 and heads of 128, batches of 1 to 32: 64 tokens a step; where there are
-    # few programs, 16 splits and two steps in flight, else 8 splits and one, as long as that makes waves.
-    few = programs <= 16
-    block_n, warps, stages = tile_plan(q, k, v, block_m, 64, 3 if few else 2)
-    splits = min(16 if programs <= 32 else 8, floor_power_of_two(16 * CHIP // programs))
-    longest = topk // 128 if static(topk) else 16
-    return max(1, min(splits, floor_power_of_two(longest))), block_m, block_n, warps, stages
+    block_n, warps, stages = tile_plan(q, k, v, block_m, 64, 3 if programs <= 16 else 2)
+    splits = min(16 if programs <= 32 else 8, floor_power_of_two(16 * device.sms // programs))
+    return max(1, min(splits, floor_power_of_two(tokens // 128))), block_m, block_n, warps, stages
 
 
-def latent_plan(q: Tensor, k: Tensor, v: Tensor, rows: int, paged: bool) -> tuple[int, int, int, int, int]:
+def latent_plan(
+    q: Tensor, k: Tensor, v: Tensor, rows: int, device: Device, paged: bool
+) -> tuple[int, int, int, int, int]:
     """Returns `plan` for MLA's latent rows: 16 heads a program, one program a multiprocessor.
 
     Measured on an H100 with 128 heads, k = 2048: 12 us for one row of queries, 120 us for 32 (150 Tflop/s).
-    With the page of each token to look up, 4 warps spill.
+    The model has no data for them. With the page of each token to look up, 4 warps spill.
     """
     group = q.shape[1] // k.shape[1]
     block_n, warps, stages = tile_plan(q, k, v, 16, 64, 2)
-    splits = floor_power_of_two(CHIP // (rows * -(-group // 16)))
+    splits = floor_power_of_two(device.sms // (rows * -(-group // 16)))
     if not paged and q.dtype != torch.float32:
         warps = 4
     return splits, 16, block_n, warps, stages

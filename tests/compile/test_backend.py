@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 import clsa_compile.backend
 from clsa_compile import ClsaWarning, OptionError, StrictError
 from clsa_compile.backend import clsa, variants_for
+from clsa_compile.config import Options
+from clsa_compile.dispatch import torch_kernels
 from clsa_compile.errors import CaptureError, MissingTritonError, PassError, VerifyError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import Reason
@@ -453,6 +455,20 @@ def test_a_tracing_failure_is_a_capture_error(
     assert "could not be traced: ValueError: no tracing today" in message
 
 
+def test_kernels_are_timed_only_when_asked_for_and_on_cuda() -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    graphs = {}
+    for device in ("cpu", "cuda"):
+        with mode:
+            x = torch.empty(B, S, WIDTH, device=device)
+            graphs[device] = Captured(make_fx(torch.neg)(x), mode, "dynamo")
+    plain = variants_for(graphs["cuda"], Options())
+    timed = variants_for(graphs["cuda"], Options(autotune=True))
+    assert [(v.op, v.name) for v in timed] == [(v.op, v.name) for v in plain]
+    assert all(a.launch is not b.launch for a, b in zip(plain, timed, strict=True))
+    assert variants_for(graphs["cpu"], Options(autotune=True)) == torch_kernels()
+
+
 def test_without_triton_a_cuda_graph_goes_to_inductor(
     without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,13 +477,13 @@ def test_without_triton_a_cuda_graph_goes_to_inductor(
         x = torch.empty(B, S, WIDTH, device="cuda")
         captured = Captured(make_fx(torch.neg)(x), mode, "dynamo")
 
-    def without_triton(_: Any) -> Any:
+    def without_triton(_: Any, options: Options) -> Any:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "triton", None)  # importing it fails; torch needs it elsewhere
-            return variants_for(captured)
+            return variants_for(captured, options)
 
     with pytest.raises(MissingTritonError, match="pip install triton"):
-        without_triton(captured)
+        without_triton(captured, Options())
     monkeypatch.setattr(clsa_compile.backend, "variants_for", without_triton)
     (message,) = equal(Attention(), torch.randn(B, S, WIDTH))
     assert "clsa left a graph to Inductor (triton)" in message
