@@ -32,7 +32,8 @@ help:
 	@echo "make test     the tests that need no GPU (add PYTEST_ARGS=--slow for the long ones)"
 	@echo "make lint     ruff and mypy"
 	@echo "make kernels  compile every kernel for every GPU architecture, no GPU needed"
-	@echo "make gpu      the GPU tests and the benchmarks (one CUDA GPU)"
+	@echo "make gpu      the GPU tests and the kernels' times (one CUDA GPU, about 10 minutes)"
+	@echo "make bench    whole decode steps against Inductor (one CUDA GPU)"
 	@echo "make bench    the decode benchmark alone"
 	@echo "make clean    remove .venv, caches and results"
 
@@ -67,8 +68,9 @@ kernels: $(READY)
 	$(RUN) -m clsa_compile.kernels.offline
 
 gpu: $(READY)
-	$(RUN) -m pytest -q -m gpu --slow $(PYTEST_ARGS)
-	$(MAKE) bench
+	mkdir -p $(OUT)
+	$(RUN) -m pytest -q -m gpu --slow -n 10 $(PYTEST_ARGS)
+	$(RUN) benchmarks/kernels.py --out $(OUT)/kernels.json --plot $(OUT)/roofline.png
 
 bench: $(READY)
 	mkdir -p $(OUT)

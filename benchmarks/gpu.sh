@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One pass over everything that needs a GPU: tests, kernel timings, whole-model steps. Usage:
-#   benchmarks/gpu.sh OUT [tests|models|llama|dsa|prefill ...]
+#   benchmarks/gpu.sh OUT [tests|models|kernels|llama|dsa|prefill ...]
 # Logs and JSON go to the folder OUT; each part goes on when another one fails.
 set -u -o pipefail
 out=${1:?the folder for logs and results}; shift
-parts=${*:-tests models dsa llama prefill}
+parts=${*:-tests models kernels dsa llama prefill}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 status=0
 run() { # name, command...
@@ -16,6 +16,7 @@ for part in $parts; do
   case $part in
     tests) run tests timeout 280 python3 -m pytest tests/kernels tests/compile/test_dispatch.py -m gpu -q -n 12 -p no:cacheprovider ;;
     models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 6 -p no:cacheprovider ;;
+    kernels) run kernels timeout 200 python3 benchmarks/kernels.py --out "$out/kernels.json" --plot "$out/roofline.png" ;;
     llama | dsa) run "$part" timeout 400 python3 benchmarks/decode.py --only "$part" --out "$out/$part.json" ;;
     prefill) run prefill timeout 400 python3 benchmarks/decode.py --only prefill --out "$out/prefill.json" ;;
     *) echo "unknown part: $part"; status=2 ;;
