@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -84,6 +86,20 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     return plan
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Holds the garbage collector back: passes make many objects that live, and it would visit each again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_uncollected()
 def transform(gm: GraphModule, options: Options) -> GraphModule:
     """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched."""
     captured = capture(gm)

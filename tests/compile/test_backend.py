@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -494,6 +495,26 @@ def test_without_triton_a_cuda_graph_goes_to_inductor(
     torch._dynamo.reset()
     with torch.no_grad(), pytest.raises((MissingTritonError, BackendCompilerFailed), match="Triton"):
         compiled(Attention(), strict=True)(torch.randn(B, S, WIDTH))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(
+    enabled: bool, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[bool] = []
+
+    def broken(*_: Any) -> Any:
+        during.append(gc.isenabled())
+        raise CaptureError("no tracing today, nor tomorrow")
+
+    monkeypatch.setattr(clsa_compile.backend, "capture", broken)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        equal(Attention(), torch.randn(B, S, WIDTH))
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert during == [False]
 
 
 # -- options -----------------------------------------------------------------------------------------
