@@ -6,7 +6,6 @@ directly; importing `clsa_compile` is all they need. On other devices the refere
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -59,11 +58,5 @@ def _on_cuda(op: str) -> Callable[..., Any]:
     return lambda *args: run(op, kernels(), *args)
 
 
-@functools.cache
-def register() -> None:
-    """Makes contract ops run kernels on CUDA, once a process."""
-    for op in ("attention", "sparse_attention", "index_topk"):
-        _LIBRARY.impl(op, _on_cuda(op), "CUDA")
-
-
-register()
+for _op in ("attention", "sparse_attention", "index_topk"):
+    _LIBRARY.impl(_op, _on_cuda(_op), "CUDA")

@@ -47,7 +47,7 @@ class _NotReplayableError(Exception):
 class _Value:
     """One tensor that a call made: what it looks like, and whose storage it lives in.
 
-    `storage` counts the storages of the call: first those of its arguments, then new ones.
+    `storage` counts the storages of the call: first the distinct ones of its arguments, then new ones.
     """
 
     like: FakeTensor
@@ -106,7 +106,8 @@ class Replaying(Interpreter):
         tensors: list[FakeTensor] = []
         try:
             with DisableTorchFunction():
-                key = (target, torch.is_grad_enabled(), _key((args, kwargs), tensors))
+                seen = _key((args, kwargs), tensors)
+                key = (target, torch.is_grad_enabled(), seen, _sharing(tensors))
         except _NotReplayableError:
             return run(target, args, kwargs)
         known = self._recordings.get(key, _UNKNOWN)
@@ -156,6 +157,18 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
     raise _NotReplayableError
 
 
+def _storages(tensors: list[FakeTensor]) -> dict[int, Any]:
+    """Returns the distinct storages of tensors by identity, in order."""
+    found = [t.untyped_storage() for t in tensors]
+    return {storage._cdata: storage for storage in found}
+
+
+def _sharing(tensors: list[FakeTensor]) -> tuple[int, ...]:
+    """Returns which of the distinct storages each tensor lives in: two views of one are not two tensors."""
+    order = {identity: i for i, identity in enumerate(_storages(tensors))}
+    return tuple(order[t.untyped_storage()._cdata] for t in tensors)
+
+
 def _metadata(x: FakeTensor) -> Iterator[Any]:
     if x.constant is not None or x.layout is not torch.strided or x.is_quantized:
         raise _NotReplayableError
@@ -182,7 +195,7 @@ def _record(
     tracer: Any, last: Node, tensors: list[FakeTensor], arguments: list[Node], result: Any
 ) -> _Recording:
     """Returns what the nodes after `last` are. Raises _NotReplayableError."""
-    storages = {t.untyped_storage()._cdata: i for i, t in enumerate(tensors)}
+    storages = {identity: i for i, identity in enumerate(_storages(tensors))}
     steps: list[_Step] = []
     node = last.next
     while node is not tracer.graph._root:
@@ -238,11 +251,7 @@ def _places(result: Any, tracer: Any, tensors: list[FakeTensor], places: dict[No
 
 def _replay(known: _Recording, tracer: Any, tensors: list[FakeTensor], nodes: list[Node]) -> Any:
     written = dict(zip(known.arguments, nodes, strict=True))
-    storages: list[Any] = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if all(storage._cdata != s._cdata for s in storages):
-            storages.append(storage)
+    storages = list(_storages(tensors).values())
     made = []
     for step in known.steps:
         old = step.node

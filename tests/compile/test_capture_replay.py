@@ -133,6 +133,14 @@ def views_of_views(x: Tensor, y: Tensor) -> Tensor:
     return a[0] + b[1] + a.transpose(0, 1)[:, 0] + b.transpose(0, 1)[:, 0]
 
 
+def views_of_one_storage_or_of_two(x: Tensor, y: Tensor) -> Tensor:
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        first, second = torch.broadcast_tensors(a, b)
+        return first.unsqueeze(0) + second.unsqueeze(0)
+
+    return both(x[0], x[1]) + both(y[0], y[1]) + both(x[0], y[1])
+
+
 def several_results(x: Tensor, y: Tensor) -> Tensor:
     a, b = x.chunk(2), y.chunk(2)
     return a[0] + b[1] + x.topk(2).values.sum() + y.topk(2).values.sum()
@@ -165,6 +173,7 @@ def random_numbers(x: Tensor, y: Tensor) -> Tensor:
         (other_strides, 0),
         (other_dtypes, 0),
         (views_of_views, 5),
+        (views_of_one_storage_or_of_two, 13),
         (several_results, 5),
         (written_between, 6),
         (sizes_changed_in_place, 2),
