@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -26,6 +24,7 @@ from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
+from clsa_compile.pace import roomy, uncollected
 from clsa_compile.passes.lower import Choice
 from clsa_compile.passes.pipeline import carry_out, decide, uuid
 
@@ -38,6 +37,7 @@ class ClsaWarning(UserWarning):
     """Something was left as it was; the message says what, why, and the way out."""
 
 
+@roomy
 def clsa(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -71,6 +71,7 @@ def clsa(
         return _inductor_alone(gm, example_inputs, chosen, Reason.INDUCTOR, reason)
 
 
+@roomy
 def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Plan | str:
     """Returns the plan for one Dynamo graph, or why the graph would be left alone; changes nothing."""
     left = _left_whole(gm, example_inputs)
@@ -86,20 +87,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     return plan
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Holds the garbage collector back: passes make many objects that live, and it would visit each again."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_uncollected()
+@uncollected()
 def transform(gm: GraphModule, options: Options) -> GraphModule:
     """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched."""
     captured = capture(gm)

@@ -7,6 +7,7 @@ substitutions, so one check on the final expressions replaces a list of spelling
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def _are_integers(e: Any, by: Any) -> bool:
     return bool(sympy.sympify(e).is_Integer and sympy.sympify(by).is_Integer and by != 0)
 
 
+@functools.lru_cache(maxsize=4096)  # every layer asks the same
 def _split(e: Any, by: Any) -> tuple[Any, Any]:
     """Splits e into quotient * by + rest, term by term."""
     quotient, rest = sympy.S.Zero, sympy.S.Zero

@@ -8,7 +8,7 @@ that agrees in all of these with an earlier one is written down again from what 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,19 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
+from torch.fx.proxy import _COPY_META_FIELDS
+from torch.fx.traceback import get_current_meta
+from torch.utils._pytree import tree_leaves
 
 __all__ = ["Replaying"]
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CARRIED = ("stack_trace", *_COPY_META_FIELDS)  # what a tracer gives each node of where it comes from
+_SAME = ("tensor_meta", "original_aten")
 _HIDDEN = DispatchKeySet(DispatchKey.PreDispatch)
 
 Key = tuple[Any, ...]
+Storage = torch.UntypedStorage
 
 
 class _NotReplayableError(Exception):
@@ -69,19 +75,21 @@ class _Recording:
 
     `result` is a tree of positions: those below zero count arguments from the end, the others steps.
     `renamed` are the arguments that a step returned as they were (`x.contiguous()`): whoever reads them next
-    reads that step.
+    reads that step. `symbolic` tells whether a size of a tensor is no number.
     """
 
     arguments: tuple[Node, ...]
     steps: tuple[_Step, ...]
     result: Any
     renamed: tuple[tuple[int, int], ...]
+    symbolic: bool
 
 
 class Replaying(Interpreter):
     """Runs a graph under `make_fx`; calls made before are not dispatched again.
 
-    What is written is what dispatch would have written: same nodes, same metadata, same sharing of storage.
+    What is written is what dispatch would have written: same nodes, same metadata but for what only a
+    backward pass reads, same sharing of storage.
     Left to dispatch: calls that write, that make numbers instead of tensors, that read constants, and
     whatever has sizes or arguments that a key cannot hold.
     """
@@ -98,40 +106,64 @@ class Replaying(Interpreter):
         """Runs or replays a call of a tensor's method."""
         return self._call(super().call_method, target, args, kwargs)
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a call of a submodule."""
+        return _dispatch(super().call_module, target, args, kwargs)
+
     def _call(self, run: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = get_proxy_mode()
         if mode is None or isinstance(target, torch._ops.HigherOrderOperator):
-            return run(target, args, kwargs)
+            return _dispatch(run, target, args, kwargs)
         tracer: Any = mode.tracer
         tensors: list[FakeTensor] = []
         try:
             with DisableTorchFunction():
                 seen = _key((args, kwargs), tensors)
-                key = (target, torch.is_grad_enabled(), seen, _sharing(tensors))
+                storages = [t.untyped_storage() for t in tensors]
+                key = (target, torch.is_grad_enabled(), seen, _sharing(storages))
         except _NotReplayableError:
-            return run(target, args, kwargs)
+            return _dispatch(run, target, args, kwargs)
         known = self._recordings.get(key, _UNKNOWN)
         if known is None:
-            return run(target, args, kwargs)
+            return _dispatch(run, target, args, kwargs)
         proxies = [get_proxy_slot(t, tracer, None) for t in tensors]
         if not tensors or any(p is None or p.constant is not None for p in proxies):
-            return run(target, args, kwargs)
+            return _dispatch(run, target, args, kwargs)
         nodes = [p.proxy.node for p in proxies if p is not None]
         if isinstance(known, _Recording):
             # Without the mode, as an op's own computation: arithmetic on sizes is not written down.
-            with DisableTorchFunction(), disable_proxy_modes_tracing():
-                return _replay(known, tracer, tensors, nodes)
+            quiet = disable_proxy_modes_tracing() if known.symbolic else nullcontext()
+            with DisableTorchFunction(), quiet:
+                return _replay(known, tracer, tensors, storages, nodes)
         last = next(iter(reversed(tracer.graph.nodes)))
-        result = run(target, args, kwargs)
+        result = _dispatch(run, target, args, kwargs)
         try:
             with DisableTorchFunction(), disable_proxy_modes_tracing():
-                self._recordings[key] = _record(tracer, last, tensors, nodes, result)
+                self._recordings[key] = _record(tracer, last, tensors, storages, nodes, result)
         except _NotReplayableError:
             self._recordings[key] = None
         return result
 
 
 _UNKNOWN: Any = object()
+
+
+def _dispatch(run: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a call, which may change the metadata of its arguments in place.
+
+    A replayed node holds the very tensor that later calls get; before the first call that could change it,
+    the node gets a copy of its own.
+    """
+    mode = get_proxy_mode()
+    if mode is None:
+        return run(target, args, kwargs)
+    tracer: Any = mode.tracer
+    with DisableTorchFunction(), disable_proxy_modes_tracing():
+        for value in tree_leaves((args, kwargs)):
+            slot = get_proxy_slot(value, tracer, None) if type(value) is FakeTensor else None
+            if slot is not None and slot.proxy.node.meta.get("val") is value:
+                slot.proxy.node.meta["val"] = extract_val(value)
+    return run(target, args, kwargs)
 
 
 def _key(value: Any, tensors: list[FakeTensor]) -> Any:
@@ -142,7 +174,7 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
         place = next((i for i, t in enumerate(tensors) if t is value), len(tensors))
         if place == len(tensors):
             tensors.append(value)
-        return (place, *_metadata(value))
+        return (place, _metadata(value))
     if kind in (tuple, list, immutable_list, torch.Size):
         return (kind, *(_key(v, tensors) for v in value))
     if kind in (dict, immutable_dict):
@@ -157,30 +189,24 @@ def _key(value: Any, tensors: list[FakeTensor]) -> Any:
     raise _NotReplayableError
 
 
-def _storages(tensors: list[FakeTensor]) -> dict[int, Any]:
-    """Returns the distinct storages of tensors by identity, in order."""
-    found = [t.untyped_storage() for t in tensors]
-    return {storage._cdata: storage for storage in found}
+def _distinct(storages: list[Storage]) -> dict[int, Storage]:
+    """Returns the distinct storages by identity, in order."""
+    return {storage._cdata: storage for storage in storages}
 
 
-def _sharing(tensors: list[FakeTensor]) -> tuple[int, ...]:
+def _sharing(storages: list[Storage]) -> tuple[int, ...]:
     """Returns which of the distinct storages each tensor lives in: two views of one are not two tensors."""
-    order = {identity: i for i, identity in enumerate(_storages(tensors))}
-    return tuple(order[t.untyped_storage()._cdata] for t in tensors)
+    order = {identity: i for i, identity in enumerate(_distinct(storages))}
+    return tuple(order[storage._cdata] for storage in storages)
 
 
-def _metadata(x: FakeTensor) -> Iterator[Any]:
+def _metadata(x: FakeTensor) -> tuple[Any, ...]:
     if x.constant is not None or x.layout is not torch.strided or x.is_quantized:
         raise _NotReplayableError
-    yield x.dtype
-    yield x.device
-    yield tuple(_size(n) for n in x.shape)
-    yield tuple(_size(n) for n in x.stride())
-    yield _size(x.storage_offset())
-    yield x.requires_grad
-    yield x.is_conj()
-    yield x.is_neg()
-    yield x.is_inference()
+    sizes: tuple[Any, ...] = (*x.shape, *x.stride(), x.storage_offset())
+    if x._has_symbolic_sizes_strides:
+        sizes = tuple(map(_size, sizes))
+    return (x.dtype, x.device, sizes, x.requires_grad, x.is_conj(), x.is_neg(), x.is_inference())
 
 
 def _size(n: Any) -> Any:
@@ -192,14 +218,19 @@ def _size(n: Any) -> Any:
 
 
 def _record(
-    tracer: Any, last: Node, tensors: list[FakeTensor], arguments: list[Node], result: Any
+    tracer: Any,
+    last: Node,
+    tensors: list[FakeTensor],
+    storages: list[Storage],
+    arguments: list[Node],
+    result: Any,
 ) -> _Recording:
     """Returns what the nodes after `last` are. Raises _NotReplayableError."""
-    storages = {identity: i for i, identity in enumerate(_storages(tensors))}
+    order = {identity: i for i, identity in enumerate(_distinct(storages))}
     steps: list[_Step] = []
     node = last.next
     while node is not tracer.graph._root:
-        steps.append(_Step(node, _values(node, storages)))
+        steps.append(_Step(node, _values(node, order)))
         node = node.next
     places = {step.node: i for i, step in enumerate(steps)}
     places |= {n: i - len(arguments) for i, n in enumerate(arguments)}
@@ -211,7 +242,9 @@ def _record(
         if now.proxy.node is not before:
             renamed.append((i, places[now.proxy.node]))
     found = _places(result, tracer, tensors, places)
-    return _Recording(tuple(arguments), tuple(steps), found, tuple(renamed))
+    made = [step.node.meta["val"] for step in steps]
+    symbolic = any(t._has_symbolic_sizes_strides for t in (*tensors, *tree_leaves(made)))
+    return _Recording(tuple(arguments), tuple(steps), found, tuple(renamed), symbolic)
 
 
 def _values(node: Node, storages: dict[int, int]) -> _Value | tuple[_Value, ...]:
@@ -228,8 +261,7 @@ def _values(node: Node, storages: dict[int, int]) -> _Value | tuple[_Value, ...]
 def _value(value: Any, storages: dict[int, int]) -> _Value:
     if type(value) is not FakeTensor or value.requires_grad:
         raise _NotReplayableError
-    for _ in _metadata(value):
-        pass
+    _metadata(value)
     identity = value.untyped_storage()._cdata
     is_new = identity not in storages
     return _Value(value, storages.setdefault(identity, len(storages)), is_new)
@@ -249,16 +281,21 @@ def _places(result: Any, tracer: Any, tensors: list[FakeTensor], places: dict[No
     return places[slot.proxy.node]
 
 
-def _replay(known: _Recording, tracer: Any, tensors: list[FakeTensor], nodes: list[Node]) -> Any:
+def _replay(
+    known: _Recording, tracer: Any, tensors: list[FakeTensor], storages: list[Storage], nodes: list[Node]
+) -> Any:
     written = dict(zip(known.arguments, nodes, strict=True))
-    storages = list(_storages(tensors).values())
+    current = get_current_meta()
+    carried = {field: current[field] for field in _CARRIED if field in current}
+    storages = list(_distinct(storages).values())
     made = []
     for step in known.steps:
         old = step.node
         args = map_arg(old.args, lambda n: written.get(n, n))
         kwargs = map_arg(old.kwargs, lambda n: written.get(n, n))
         name = tracer.graph._target_to_str(_name(old.target))
-        node = tracer.create_node("call_function", old.target, args, kwargs, name)
+        node = tracer.graph.create_node("call_function", old.target, args, kwargs, name)
+        node.meta.update(carried)
         if isinstance(step.values, tuple):
             value: Any = type(old.meta["val"])(_fresh(v, storages) for v in step.values)
         else:
@@ -266,8 +303,7 @@ def _replay(known: _Recording, tracer: Any, tensors: list[FakeTensor], nodes: li
         if isinstance(value, FakeTensor):
             track_tensor(value, Proxy(node, tracer), constant=None, tracer=tracer)
         node.meta["val"] = value
-        if "tensor_meta" in old.meta:
-            node.meta["tensor_meta"] = old.meta["tensor_meta"]
+        node.meta.update((field, old.meta[field]) for field in _SAME if field in old.meta)
         written[old] = node
         made.append(node)
     for i, place in known.renamed:
@@ -284,11 +320,7 @@ def _result(place: Any, tracer: Any, tensors: list[FakeTensor], made: list[Node]
         return type(place)(_result(p, tracer, tensors, made) for p in place)
     if place < 0:
         return tensors[place]
-    node = made[place]
-    value = node.meta["val"]
-    # Later calls may change the value's metadata in place; the node keeps what it was here.
-    node.meta["val"] = extract_val(value)
-    return value
+    return made[place].meta["val"]
 
 
 def _fresh(value: _Value, storages: list[Any]) -> FakeTensor:
