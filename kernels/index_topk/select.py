@@ -64,10 +64,14 @@ def sampled(t: Any) -> int:
 
 
 def listed_keys(t: Any, nt: int) -> Any:
-    """Returns how many candidates one of the nt segments of a row may list; 0 where there is no list."""
+    """Returns how many candidates one of the nt segments of a row may list; 0 where there is no list.
+
+    All segments of a row together have room for twice what is held: a guess that gives a few more costs some
+    reading of the list, and not of the row.
+    """
     if static(t) and t <= CAP:
         return 0
-    return torch.sym_min(ceil_div(ceil_div(t, chunk(nt)), nt) * chunk(nt), CAP)
+    return torch.sym_min(ceil_div(ceil_div(t, chunk(nt)), nt) * chunk(nt), 2 * CAP if nt == 1 else CAP)
 
 
 def row_bytes(t: int) -> int:

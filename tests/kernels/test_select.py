@@ -337,13 +337,14 @@ def test_two_programs_a_multiprocessor() -> None:
     assert segments(1, 3000, SMS) == 2
 
 
-def test_lists_are_as_long_as_a_segment_and_no_longer_than_a_tile() -> None:
+def test_lists_are_as_long_as_a_segment_and_twice_a_tile_in_all() -> None:
     assert listed_keys(8192, 1) == 0
     assert listed_keys(131072, 64) == 2048
     assert listed_keys(131073, 64) == 4096
-    assert listed_keys(131072, 1) == 8192
+    assert listed_keys(131072, 2) == 8192
+    assert listed_keys(131072, 1) == 16384
     assert row_bytes(8192) == 8192 * 4
-    assert row_bytes(131072) == 131072 * 4 + 8192 * 8
+    assert row_bytes(131072) == 131072 * 4 + 16384 * 8
 
 
 def test_long_rows_have_large_samples() -> None:
