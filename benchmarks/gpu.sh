@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One pass over everything that needs a GPU: tests, kernel timings, whole-model steps. Usage:
-#   benchmarks/gpu.sh OUT [tests|models|kernels|llama|dsa|prefill ...]
+#   benchmarks/gpu.sh OUT [tests|models|kernels|first-use|llama|dsa|prefill|memcheck|racecheck ...]
 # Logs and JSON go to the folder OUT; each part goes on when another one fails.
 set -u -o pipefail
 out=${1:?the folder for logs and results}; shift
@@ -12,11 +12,27 @@ run() { # name, command...
   echo "== $name"
   "$@" 2>&1 | tee "$out/$name.log" | tail -n 40 || { echo "== $name FAILED"; status=1; }
 }
+sanitize() { # tool: one process a test file, without the allocator that hides what lies beyond a tensor
+  local tool=$1 name pids=() file
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for file in $(grep -l "mark.gpu\|def test.*device: str" tests/kernels/test_*.py); do
+    name=$(basename "$file" .py)
+    timeout "${SANITIZE_SECONDS:-280}" compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$out/$tool.$name.txt" \
+      python3 -m pytest "$file" -m "gpu and not slow" -q -p no:cacheprovider > "$out/$tool.$name.log" 2>&1 &
+    pids+=("$!:$name")
+  done
+  for pid in "${pids[@]}"; do
+    wait "${pid%%:*}"; echo "$tool ${pid##*:}: exit $?; $(tail -n 1 "$out/$tool.${pid##*:}.log"); $(tail -n 1 "$out/$tool.${pid##*:}.txt")"
+  done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
 for part in $parts; do
   case $part in
     tests) run tests timeout 280 python3 -m pytest tests/kernels tests/compile/test_dispatch.py -m gpu -q -n 12 -p no:cacheprovider ;;
-    models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 6 -p no:cacheprovider ;;
+    models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 12 -p no:cacheprovider ;;
     kernels) run kernels timeout 200 python3 benchmarks/kernels.py --out "$out/kernels.json" --plot "$out/roofline.png" ;;
+    first-use) run first-use timeout 200 python3 benchmarks/first_use.py ;;
+    memcheck | racecheck) run "$part" sanitize "$part" ;;
     llama | dsa) run "$part" timeout 400 python3 benchmarks/decode.py --only "$part" --out "$out/$part.json" ;;
     prefill) run prefill timeout 400 python3 benchmarks/decode.py --only prefill --out "$out/prefill.json" ;;
     *) echo "unknown part: $part"; status=2 ;;

@@ -32,6 +32,7 @@ from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, Score
 from clsa_compile.kernels.catalog import VARIANTS
 from clsa_compile.kernels.index_topk import decode as index_decode
 from clsa_compile.kernels.index_topk.select import padded, segments, select
+from clsa_compile.kernels.launch import Wrap
 
 CUDA = torch.device("cuda")
 LAUNCH = {(v.op, v.name): v.launch for v in VARIANTS}
@@ -220,20 +221,15 @@ def sparse(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     """Attention over 2048 random tokens, against gathering them with torch and SDPA."""
     k, v = normal(shape.B, HKV, shape.T, D), normal(shape.B, HKV, shape.T, D)
     q = normal(shape.B, H, 1, D)
-    yield sparse_one("sparse attention", shape, q, k, v, chip, repeats)
-
-
-def sparse_one(name: str, shape: Shape, q: Tensor, k: Tensor, v: Tensor, chip: Chip, repeats: int) -> Result:
-    """Times sparse attention over one cache."""
-    bytes_read = shape.B * k.shape[1] * TOPK * (k.shape[3] + v.shape[3]) * 2
+    bytes_read = 4 * shape.B * HKV * TOPK * D
     sets = [random_indices(shape, seed) for seed in range(sets_for(bytes_read))]
     took = graph_time([partial(attend, q, k, v, s) for s in sets], repeats)
     other = graph_time([partial(attend_by_torch, q, k, v, s) for s in sets], repeats)
     near = [x.float() for x in gathered(k, v, sets[0])]
     exact = scaled_dot_product_attention(q.float(), *near, scale=D**-0.5, enable_gqa=True)
     error = relative(attend(q, k, v, sets[0]), exact)
-    work = (bytes_read, 2.0 * q[..., 0].numel() * TOPK * (k.shape[3] + v.shape[3]))
-    return chip.result(name, f"{shape} k={TOPK}", (took, other), work, error, 2**-7)
+    work = (bytes_read, 4.0 * shape.B * H * TOPK * D)
+    yield chip.result("sparse attention", f"{shape} k={TOPK}", (took, other), work, error, 2**-7)
 
 
 def random_indices(shape: Shape, seed: int) -> Tensor:
@@ -256,16 +252,17 @@ class Index:
         args = (self.q, k, self.weight, None, None, None, [], D**-0.5, self.score.text, "", False)
         return index_decode.scan(*args, wrap=straight)
 
-    def choose(self, k: Tensor) -> Tensor:
+    def choose(self, k: Tensor, wrap: Wrap = straight) -> Tensor:
         """Returns the chosen positions [B, 1, S, TOPK]."""
         args = (self.q, k, self.weight, None, None, None, [], TOPK, D**-0.5, self.score.text, "", False)
         name = "decode" if self.q.shape[2] == 1 else "rows"
-        out: Tensor = LAUNCH["index_topk", name](*args, wrap=straight)
+        out: Tensor = LAUNCH["index_topk", name](*args, wrap=wrap)
         return out
 
     def scores_by_torch(self, k: Tensor) -> Tensor:
         """Returns scores [B, S, T] as torch computes them."""
-        dot = torch.matmul(self.q, k.transpose(-1, -2)).float()
+        # One batched matmul; with the key head as a dimension to broadcast, torch copies the keys.
+        dot = torch.einsum("bhsd,btd->bhst", self.q, k.squeeze(1)).float()
         points = dot if self.weight is None else dot.relu() * self.weight.unsqueeze(-1)
         return points.sum(1)
 
@@ -317,14 +314,11 @@ def prefill(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     queries, few, heads = 4096, 256, 16
     k = normal(1, 1, shape.T, D)
     index = index_of(1, heads, queries)
-    recorded: list[Callable[[], object]] = []
 
     def scans_only(kernel: Any) -> Any:
         return kernel if kernel.__name__ == "index_scan_rows" else Nothing()
 
-    args = (index.q, k, index.weight, None, None, None, [], TOPK, D**-0.5, index.score.text, "", False)
-    recorded.append(lambda: LAUNCH["index_topk", "rows"](*args, wrap=scans_only))
-    took = graph_time(recorded, repeats)
+    took = graph_time([partial(index.choose, k, scans_only)], repeats)
     part = Index(index.q[:, :, :few], index.weight[:, :, :few], index.score)  # type: ignore[index]
     other = graph_time([partial(part.scores_by_torch, k)], repeats) * (queries / few)
     flops = 2.0 * queries * shape.T * heads * D
@@ -343,17 +337,16 @@ class Nothing:
 def stage(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     """The whole stage: index, choice, attention; and one index for 4 and 16 layers against dense flash."""
     keys = normal(shape.B, 1, shape.T, D)
-    index = index_of(shape.B, 1)
     k, v = normal(shape.B, HKV, shape.T, D), normal(shape.B, HKV, shape.T, D)
     q = normal(shape.B, H, 1, D)
 
-    def ours(layers: int = 1) -> Tensor:
+    def ours(index: Index, layers: int = 1) -> Tensor:
         indices = index.choose(keys)
         for _ in range(layers - 1):
             attend(q, k, v, indices)
         return attend(q, k, v, indices)
 
-    def theirs() -> Tensor:
+    def theirs(index: Index) -> Tensor:
         return attend_by_torch(q, k, v, index.choose_by_torch(keys).squeeze(1))
 
     def flash(layers: int) -> None:
@@ -361,24 +354,27 @@ def stage(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
             for _ in range(layers):
                 scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    chosen = index.choose(keys)
-    near = [x.float() for x in gathered(k, v, chosen)]
-    exact = scaled_dot_product_attention(q.float(), *near, scale=D**-0.5, enable_gqa=True)
-    error = relative(ours(), exact)
-
-    def work(layers: int) -> tuple[float, float]:
+    def work(layers: int, heads: int = 1) -> tuple[float, float]:
         keys_read, rows_read = shape.T * D, layers * HKV * TOPK * D
-        return 2.0 * shape.B * (keys_read + 2 * rows_read), 2.0 * shape.B * (
-            keys_read + 2 * layers * H * TOPK * D
-        )
+        flops = heads * keys_read + 2 * layers * H * TOPK * D
+        return 2.0 * shape.B * (keys_read + 2 * rows_read), 2.0 * shape.B * flops
 
-    took, other = graph_time([ours], repeats), graph_time([theirs], repeats)
-    yield chip.result("stage, torch's way", str(shape), (took, other), work(1), error, 2**-7)
+    def error(index: Index) -> float:
+        near = [x.float() for x in gathered(k, v, index.choose(keys))]
+        exact = scaled_dot_product_attention(q.float(), *near, scale=D**-0.5, enable_gqa=True)
+        return relative(ours(index), exact)
+
+    for heads in (64, 1):
+        index = index_of(shape.B, heads)
+        took = graph_time([partial(ours, index)], repeats)
+        other = graph_time([partial(theirs, index)], repeats)
+        name = f"{shape} {heads} head{'s' if heads > 1 else ''}"
+        yield chip.result("stage, torch's way", name, (took, other), work(1, heads), error(index), 2**-7)
     for layers in (4, 16):
-        took = graph_time([partial(ours, layers)], repeats)
+        took = graph_time([partial(ours, index, layers)], repeats)
         other = graph_time([partial(flash, layers)], repeats)
         name = f"{shape} {layers} layers"
-        yield chip.result("stage, dense flash", name, (took, other), work(layers), error, 2**-7)
+        yield chip.result("stage, dense flash", name, (took, other), work(layers), error(index), 2**-7)
 
 
 def topk(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:

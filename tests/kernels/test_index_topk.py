@@ -207,3 +207,22 @@ def test_ties_on_the_chip(run: Run, variant: str) -> None:
         expected = index_topk_reference(*args)
         for _ in range(20):
             assert torch.equal(run("index_topk", variant, *args), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["decode", "rows"])
+def test_offsets_beyond_32_bits(run: Run, variant: str) -> None:
+    torch.manual_seed(0)
+    b, t, d, topk = 2, (1 << 23) + 100, 128, 2048
+    q = torch.randn(b, 1, 1, d, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(b, 1, t, d, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    args = (q, k, None, None, None, None, [], topk, d**-0.5, DOT_PRODUCT.text, "", False)
+    found = run("index_topk", variant, *args).long()
+    assert (found.diff(dim=-1) > 0).all()
+    for i in range(b):
+        parts = [part.float() @ q[i, 0, 0].float() for part in k[i, 0].split(1 << 20)]
+        scores = torch.cat(parts)
+        chosen = scores[found[i, 0, 0]].sort(descending=True).values
+        torch.testing.assert_close(chosen, scores.topk(topk).values, atol=1e-3, rtol=1e-4)
