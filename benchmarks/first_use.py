@@ -30,7 +30,9 @@ from clsa_compile.ir.scores import LIGHTNING
 
 CHILD = Path(__file__).resolve()
 T, TOPK = 16384, 2048
-WARM_RUNS = 5
+WARM_RUNS = 3
+
+console = Console()
 
 
 def normal(*sizes: int) -> Tensor:
@@ -107,9 +109,10 @@ def main() -> None:
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             cold = in_fresh_process(model, folder)
+            console.print(f"{model}: {cold:.2f} s with empty caches")
             warm = statistics.median(in_fresh_process(model, folder) for _ in range(WARM_RUNS))
         table.add_row(model, f"{cold:.2f}", f"{warm:.3f}")
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":
