@@ -115,6 +115,8 @@ def scan(
         resident=(hkv == heads) and group <= shape.block_h and s <= MOST_RESIDENT,
         S=s,
         paged=pages is not None,
+        # Elsewhere a thread loads several numbers of a key at once, or holds several heads.
+        rounded=q.dtype == torch.float32 or any(padded for *_, padded in parts(d)),
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
     args: dict[str, Any] = score_arguments(parse_score(score), weight, lse)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from clsa_compile.errors import ExpressionError, KernelError
-from clsa_compile.ir.scores import SCORES
+from clsa_compile.ir.scores import LIGHTNING, SCORES
 from clsa_compile.kernels import render as render_module
 from clsa_compile.kernels.offline import recorded
 from clsa_compile.kernels.render import (
@@ -45,6 +45,7 @@ SCAN: dict[str, Any] = {
     "single": False,
     "resident": True,
     "S": 2,
+    "rounded": False,
     "paged": False,
     "mask": "",
     "mask_rows": False,
@@ -188,3 +189,15 @@ def test_text_does_not_depend_on_the_process() -> None:
         check=True,
     ).stdout
     assert elsewhere == predicate_text(text) + "\n"
+
+
+def test_products_are_rounded_before_threads_add_them_up() -> None:
+    plain, rounded = (
+        render("index_scan_decode", {**SCAN, "score": LIGHTNING.text, "rounded": r}) for r in (False, True)
+    )
+    assert "tl.sum(point, axis=1)" in plain
+    assert "tl.sum((point + 0.0), axis=1)" in rounded
+    single = render("index_scan_decode", {**SCAN, "score": "sum: dot", "single": True, "rounded": True})
+    assert "tl.sum((k0.to(tl.float32) * q0_0.to(tl.float32)[None, :] + 0.0), axis=1)" in single
+    combine = render("combine", {"sinks": False, "with_lse": False})
+    assert combine.count("+ 0.0), axis=0)") == 2
