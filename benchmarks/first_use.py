@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import clsa_compile  # noqa: F401  (the ops)
 from clsa_compile.ir.scores import LIGHTNING
 
 CHILD = Path(__file__).resolve()

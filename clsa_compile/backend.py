@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,8 +25,10 @@ from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
+from clsa_compile.passes.group import Sharing
 from clsa_compile.passes.lower import Choice
 from clsa_compile.passes.pipeline import carry_out, decide, uuid
+from clsa_compile.policies.schedule import anchors
 
 log = logging.getLogger("clsa_compile")
 
@@ -78,7 +80,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     if left is not None:
         return f"{left[0]}: {left[1]}"
     try:
-        plan = decide(capture(gm)).plan
+        plan = decide(capture(gm), sharing(options)).plan
     except ClsaError as error:
         if options.strict:
             raise
@@ -93,7 +95,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     captured = capture(gm)
     dump = Dump.open(options.dump)
     dump.graph("captured", captured)
-    decision = decide(captured)
+    decision = decide(captured, sharing(options))
     dump.plan(decision.plan)
     _count(decision.plan)
     _report_left(decision.plan, options)
@@ -105,6 +107,11 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     _count_choices(decision.plan)
     _log(decision.plan, choices)
     return captured.module
+
+
+def sharing(options: Options) -> Sharing | None:
+    """Returns which layer reads which one's index, as a function of what the model does."""
+    return None if options.share == "off" else partial(anchors, options.share)
 
 
 def variants_for(captured: Captured, options: Options) -> tuple[Variant, ...]:

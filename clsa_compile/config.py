@@ -19,7 +19,8 @@ _LATER = ("topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill",
 class Options:
     """What a user may ask for.
 
-    share: "off"; sharing an index between layers that have their own comes later.
+    share: "off", a number n (every n-th layer runs its indexer, the others read its index), or a schedule of
+        the letters F and S. Changes results.
     strict: reasons become errors.
     dump: a folder for the graphs of each stage, or None.
     inductor: options handed on to Inductor.
@@ -27,7 +28,7 @@ class Options:
     autotune: kernels are timed while a graph is compiled for CUDA, and the fastest shape is kept on disk.
     """
 
-    share: str = "off"
+    share: int | str = "off"
     strict: bool = False
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -65,11 +66,6 @@ class Options:
 
     def _check(self) -> None:
         checks = (
-            (
-                "share",
-                self.share == "off",
-                "'off' (sharing is not available in this version of clsa)",
-            ),
             ("strict", isinstance(self.strict, bool), "True or False"),
             (
                 "dump",
@@ -84,6 +80,9 @@ class Options:
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("autotune", isinstance(self.autotune, bool), "True or False"),
         )
+        if wrong := _share_problem(self.share):
+            accepted = "'off', a number from 1, a schedule such as 'FSSS'"
+            raise OptionError(f"the option 'share' is {self.share!r}: {wrong}; accepted: {accepted}")
         for name, ok, accepted in checks:
             if not ok:
                 raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
@@ -91,5 +90,20 @@ class Options:
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        ours = f"share={self.share};strict={self.strict};mode={self.mode};autotune={self.autotune}"
+        ours = f"share={self.share!r};strict={self.strict};mode={self.mode};autotune={self.autotune}"
         return f"{ours};inductor={inductor}"
+
+
+def _share_problem(share: object) -> str:
+    """Returns what is wrong with the option `share`, "" if nothing is, before any layer is known."""
+    if share == "off":
+        return ""
+    if isinstance(share, bool) or not isinstance(share, int | str):
+        return f"a {type(share).__name__} is no schedule"
+    if isinstance(share, int):
+        return "" if share >= 1 else "an index is shared by 1 layer at least"
+    if not share or set(share) - set("FS"):
+        return "a schedule consists of F (runs its indexer) and S (reads the index of the last F)"
+    if share[0] != "F":
+        return "before the first F there is no index to read"
+    return ""

@@ -74,6 +74,7 @@ class Report:
         for plan in self.plans:
             lines.append(_render(plan))
             lines += [_describe(group, plan) for group in plan.groups]
+            lines += _schedule(plan)
         return "\n".join(lines)
 
 
@@ -234,6 +235,17 @@ def _kin(site: SitePlan) -> tuple[Any, ...]:
         site.kind, site.action, site.reason, site.family, site.heads, site.kv_heads, site.scale,
         site.softcap, site.mask, site.score, site.topk,
     )  # fmt: skip
+
+
+def _schedule(plan: Plan) -> list[str]:
+    if not plan.shares:
+        return []
+    layers = {site.ordinal: site.layer for site in plan.sites}
+    members = ", ".join(str(layers[ordinal]) for ordinal in plan.shares)
+    return [
+        f"schedule {plan.schedule}: layers {members} do not run their indexers. This changes results; "
+        "the model was trained to select tokens in each of them"
+    ]
 
 
 def _describe(group: Group, plan: Plan) -> str:

@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from torch.fx import Node
 
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Group, Plan, SitePlan
-from clsa_compile.ir.sites import AttentionSite, MaskSpec, Reject, Sites
+from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
+from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
+from clsa_compile.passes.patterns.indexer import canonical
+
+# From the layer whose index each layer reads in the model to the one whose index it shall read; positions
+# among the layers that can share.
+Sharing = Callable[[Sequence[int]], Sequence[int]]
 
 
-def plan(sites: Sites) -> Plan:
+def plan(sites: Sites, sharing: Sharing | None = None) -> Plan:
     """Returns the decisions for one graph, in execution order. Nothing is changed yet."""
-    entries = [_entry(s) for s in sites.attention] + [_left(r) for r in sites.rejects]
+    able = [site for site in sites.attention if site.indexer is not None]
+    owners = _owners(able)
+    wanted = owners if sharing is None else sharing(owners)
+    refused = {
+        able[i].ordinal: why
+        for i, anchor in enumerate(wanted)
+        if anchor != owners[i] and (why := _cannot_read(able[i], able[anchor]))
+    }
+    read = [owners[i] if able[i].ordinal in refused else anchor for i, anchor in enumerate(wanted)]
+    entries = [_entry(s, refused.get(s.ordinal, "")) for s in sites.attention]
+    entries += [_left(r) for r in sites.rejects]
     return Plan(
         tuple(sorted(entries, key=lambda e: e.ordinal)),
-        (*_index_groups(sites.attention), *_kv_groups(sites.attention)),
+        (*_index_groups(able, read), *_kv_groups(sites.attention)),
+        "".join("F" if anchor == i else "S" for i, anchor in enumerate(read)),
+        tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
     )
 
 
-def _entry(site: AttentionSite) -> SitePlan:
+def _owners(able: Sequence[AttentionSite]) -> list[int]:
+    """Returns for each layer the first one that reads the same selection."""
+    first: dict[Node, int] = {}
+    return [first.setdefault(_indexer(site).topk_node, i) for i, site in enumerate(able)]
+
+
+def _indexer(site: AttentionSite) -> IndexerSite:
+    assert site.indexer is not None
+    return site.indexer
+
+
+def _cannot_read(site: AttentionSite, anchor: AttentionSite) -> str:
+    """Returns why a layer cannot read another one's index, or ""."""
+    ours, theirs = _indexer(site), _indexer(anchor)
+    if ours.topk != theirs.topk:
+        return f"keeps its own index: it selects {ours.topk} tokens, layer {anchor.path} {theirs.topk}"
+    if canonical(ours.mask) != canonical(theirs.mask):
+        return f"keeps its own index: its mask is not that of {anchor.path}"
+    for name, one, other in (("queries", ours.q, theirs.q), ("keys", ours.k, theirs.k)):
+        if not all(same(_size(one, role), _size(other, role)) for role in (0, 2)):
+            return f"keeps its own index: it has other {name} than {anchor.path}"
+    return ""
+
+
+def _size(operand: Operand, role: int) -> object:
+    axis = operand.dims[role]
+    return 1 if axis is None else shape(operand.root)[axis]
+
+
+def _entry(site: AttentionSite, refused: str) -> SitePlan:
     return SitePlan(
         ordinal=site.ordinal,
         layer=layer_of(site.path, site.ordinal),
         path=site.path,
         kind="topk" if site.has_selection else "dense",
         action="sparse" if site.indexer is not None else "attention",
-        reason=site.note,
+        reason="; ".join(filter(None, (site.note, refused))),
         family=site.family,
         heads=site.heads,
         kv_heads=site.kv_heads,
@@ -61,21 +110,13 @@ def describe_mask(mask: MaskSpec) -> str:
     return " & ".join(p for p in (text, f"{dtype} tensor {mask.tensor.root.name}") if p)
 
 
-def _index_groups(sites: Iterable[AttentionSite]) -> list[Group]:
-    members: dict[object, list[AttentionSite]] = {}
-    for site in sites:
-        if site.indexer is not None:
-            members.setdefault(site.indexer.topk_node, []).append(site)
+def _index_groups(able: Sequence[AttentionSite], read: Sequence[int]) -> list[Group]:
+    members: dict[int, list[int]] = {}
+    for site, anchor in zip(able, read, strict=True):
+        members.setdefault(anchor, []).append(site.ordinal)
     return [
-        Group(
-            "index",
-            g[0].ordinal,
-            tuple(s.ordinal for s in g),
-            g[0].indexer.topk,
-            g[0].indexer.score.text,
-        )
-        for g in members.values()
-        if g[0].indexer is not None
+        Group("index", able[i].ordinal, tuple(m), _indexer(able[i]).topk, _indexer(able[i]).score.text)
+        for i, m in members.items()
     ]
 
 

@@ -17,7 +17,7 @@ from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.variants import Variant
 from clsa_compile.passes.canonicalize import canonicalize
 from clsa_compile.passes.families import FAMILIES
-from clsa_compile.passes.group import plan
+from clsa_compile.passes.group import Sharing, plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
 from clsa_compile.passes.rewrite import rewrite
@@ -34,14 +34,14 @@ class Decision:
     plan: Plan
 
 
-def decide(captured: Captured) -> Decision:
+def decide(captured: Captured, sharing: Sharing | None = None) -> Decision:
     """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
     with _named("canonicalize"):
         canonicalize(captured)
     with _named("match"):
         sites = match(captured, FAMILIES)
     with _named("plan"):
-        return Decision(sites, plan(sites))
+        return Decision(sites, plan(sites, sharing))
 
 
 def carry_out(
@@ -85,7 +85,7 @@ def uuid() -> str:
     """Returns the identity of the pipeline: a hash of everything that decides what a graph becomes."""
     digest = hashlib.sha256()
     root = files("clsa_compile")
-    for folder in ("ir", "passes", "kernels", "capture"):
+    for folder in ("ir", "policies", "passes", "kernels", "capture"):
         for path in _sources(root / folder):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())

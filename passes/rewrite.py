@@ -23,10 +23,12 @@ aten = torch.ops.aten
 def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
     """Replaces every planned attention by a contract op, and every selection by one index node."""
     actions = {entry.ordinal: entry.action for entry in plan.sites}
+    indexers = {site.ordinal: site.indexer for site in sites.attention}
+    read = {m: indexers[g.anchor] for g in plan.groups if g.kind == "index" for m in g.members}
     rewriter = _Rewriter(captured)
     for site in sites.attention:
         if actions[site.ordinal] != "left":
-            rewriter.replace(site)
+            rewriter.replace(site, read.get(site.ordinal))
     drop_dead(captured.graph)
     captured.module.recompile()
     return captured
@@ -41,13 +43,13 @@ class _Rewriter:
         self._bounds: dict[Any, Node] = {}
         self._replaced: dict[Node, Node] = {}
 
-    def replace(self, site: AttentionSite) -> None:
-        """Puts a contract op where the site's output was computed."""
+    def replace(self, site: AttentionSite, indexer: IndexerSite | None) -> None:
+        """Puts a contract op where the site's output was computed; `indexer` selects what it attends to."""
         emit = Emitter(self._captured, site.out, self._replaced)
-        indices = None if site.indexer is None else self._index(site.indexer)
+        indices = None if indexer is None else self._index(indexer)
         with self._captured.graph.inserting_before(site.out):
             q, k, v = (emit.operand(o) for o in (site.q, site.k, site.v))
-            mask = _needed_mask(site)
+            mask = _needed_mask(site, indexer)
             tail = (
                 *self._mask(emit, mask, q, k),
                 None if site.sinks is None else emit.operand(site.sinks),
@@ -126,9 +128,9 @@ def _reads_heads(mask: MaskSpec) -> bool:
     return per_head or any(str(s) == "h" for s in getattr(mask.predicate, "free_symbols", ()))
 
 
-def _needed_mask(site: AttentionSite) -> MaskSpec:
+def _needed_mask(site: AttentionSite, indexer: IndexerSite | None) -> MaskSpec:
     """Returns what attention must check by itself: nothing where the index was chosen under that mask."""
-    if site.indexer is None or canonical(site.mask) != canonical(site.indexer.mask):
+    if indexer is None or canonical(site.mask) != canonical(indexer.mask):
         return site.mask
     tensor = site.mask.tensor
     if tensor is not None and tensor.root.meta["val"].dtype != torch.bool:

@@ -48,16 +48,25 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions for one graph."""
+    """All decisions for one graph.
+
+    `schedule` has a letter for each layer that attends to selected tokens: F where it runs its indexer, S
+    where it reads an earlier index. `shares` are the ordinals of the layers that have an indexer and read
+    another one's index, which changes results.
+    """
 
     sites: tuple[SitePlan, ...]
     groups: tuple[Group, ...]
+    schedule: str = ""
+    shares: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
         return {
             "sites": [asdict(s) for s in self.sites],
             "groups": [asdict(g) for g in self.groups],
+            "schedule": self.schedule,
+            "shares": list(self.shares),
         }
 
     @classmethod
@@ -66,6 +75,8 @@ class Plan:
         return cls(
             tuple(SitePlan(**s) for s in data["sites"]),
             tuple(Group(**{**g, "members": tuple(g["members"])}) for g in data["groups"]),
+            data.get("schedule", ""),
+            tuple(data.get("shares", ())),
         )
 
     def count(self, action: Action) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,24 +14,31 @@ from torch.fx import GraphModule
 
 import clsa_compile.backend
 from clsa_compile.capture.dynamo import capture
+from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
 from clsa_compile.passes.pipeline import carry_out, decide
 
 
 @dataclass
 class Passes:
-    """Backend for torch.compile: runs the rewritten graph as it is, and keeps the plans."""
+    """Backend for torch.compile: runs the rewritten graph as it is, and keeps plans and counts of targets."""
 
     plans: list[Plan] = field(default_factory=list)
     modules: list[GraphModule] = field(default_factory=list)
+    rewritten: list[Counter[Any]] = field(default_factory=list)
+    sharing: Any = None
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         captured = capture(gm)
-        decision = decide(captured)
-        carry_out(captured, decision, (), lambda kernel: kernel)
+        decision = decide(captured, self.sharing)
+        carry_out(captured, decision, (), lambda kernel: kernel, self._observe)
         self.plans.append(decision.plan)
         self.modules.append(captured.module)
         return captured.module.forward
+
+    def _observe(self, stage: str, captured: Captured) -> None:
+        if stage == "rewritten":
+            self.rewritten.append(Counter(node.target for node in captured.graph.nodes))
 
     @property
     def reasons(self) -> list[str]:

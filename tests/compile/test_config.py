@@ -70,9 +70,15 @@ def test_what_comes_later_is_an_error_and_no_silent_nothing(key: str) -> None:
 @pytest.mark.parametrize(
     ("options", "accepted"),
     [
-        ({"share": 4}, "'off'"),
-        ({"share": "plan.json"}, "'off'"),
-        ({"share": None}, "'off'"),
+        ({"share": 0}, "'off', a number from 1, a schedule such as 'FSSS'"),
+        ({"share": -4}, "shared by 1 layer at least"),
+        ({"share": True}, "a bool is no schedule"),
+        ({"share": 2.0}, "a float is no schedule"),
+        ({"share": None}, "a NoneType is no schedule"),
+        ({"share": ""}, "consists of F"),
+        ({"share": "fsss"}, "consists of F"),
+        ({"share": "plan.json"}, "consists of F"),
+        ({"share": "SF"}, "before the first F there is no index"),
         ({"strict": 1}, "True or False"),
         ({"strict": "yes"}, "True or False"),
         ({"strict": None}, "True or False"),

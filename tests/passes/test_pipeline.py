@@ -111,7 +111,7 @@ def test_the_identity_covers_every_source_that_decides(
     root = Path(pipeline.__file__).resolve().parents[1] / "clsa_compile"
     assert re.fullmatch(r"[0-9a-f]{16}", uuid())
     copy = tmp_path / "clsa_compile"
-    for folder in ("ir", "passes", "kernels", "capture"):
+    for folder in ("ir", "policies", "passes", "kernels", "capture"):
         for path in (root / folder).resolve().rglob("*"):
             if path.suffix in (".py", ".jinja"):
                 target = copy / folder / path.relative_to((root / folder).resolve())

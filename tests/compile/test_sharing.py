@@ -1,0 +1,127 @@
+"""`share`: indexers that do not run, against Hugging Face's own schedule with the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import clsa_compile
+from clsa_compile.backend import sharing
+from clsa_compile.config import Options
+from clsa_compile.errors import OptionError
+from clsa_compile.testing import Transcript, cache_difference, generate_steps, largest_difference, tiny
+
+LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 12, 4, 48, 1e-4
+DENSE_MLP = {"num_hidden_layers": LAYERS, "mlp_layer_types": ["dense"] * LAYERS}
+
+
+def glm(**changes: Any) -> nn.Module:
+    return tiny("glm_moe_dsa", **DENSE_MLP, **changes)
+
+
+def run(model: Any, config: Any, cache: str) -> Transcript:
+    return generate_steps(
+        model, config, cache=cache, steps=STEPS, prompt=PROMPT, padding=3, batch=2, length=LENGTH
+    )
+
+
+def with_schedule(schedule: str) -> nn.Module:
+    """The model as Hugging Face configures that schedule, with the weights of `glm()`."""
+    model = glm(indexer_types=[{"F": "full", "S": "shared"}[role] for role in schedule])
+    missing, unused = model.load_state_dict(glm().state_dict(), strict=False)
+    assert not missing
+    assert all(".indexer." in name for name in unused)
+    return model
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic", "none"])
+@pytest.mark.parametrize(
+    ("share", "schedule"), [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS"), (1, "FFFFF")]
+)
+def test_sharing_is_what_the_same_schedule_is_in_the_model(
+    share: int | str, schedule: str, cache: str, passes: Any
+) -> None:
+    passes.sharing = sharing(Options.read({"share": share}))
+    model = glm()
+    expected = run(with_schedule(schedule), model.config, cache)
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert passes.plans
+    for plan in passes.plans:
+        assert plan.schedule == schedule
+        assert sum(g.kind == "index" for g in plan.groups) == schedule.count("F")
+        assert len(plan.shares) == schedule.count("S")
+    for targets in passes.rewritten:
+        assert targets[torch.ops.clsa.index_topk.default] == schedule.count("F")
+        assert targets[torch.ops.clsa.sparse_attention.default] == LAYERS
+        assert targets[torch.ops.aten.topk.default] == 0
+
+
+def test_caches_stay_what_eager_makes_them(passes: Any) -> None:
+    """The first layers of a run are exact; the index keys of all are written, for an eager step may come."""
+    passes.sharing = sharing(Options.read({"share": "FSSSS"}))
+    model = glm()
+    eager = run(model, model.config, "static")
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert len(ours.cache.layers) == LAYERS
+    for mine, theirs in zip(ours.cache.layers, eager.cache.layers, strict=True):
+        for (name, got), (_, want) in zip(_tensors(mine), _tensors(theirs), strict=True):
+            # Later layers see other hidden states; all of them are filled in the same places.
+            assert torch.equal(got != 0, want != 0), name
+    assert cache_difference(eager.cache, ours.cache, torch.zeros(2, LENGTH, dtype=torch.bool)) == 0
+
+
+def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
+    found = sorted(vars(layer).items())
+    return [(name, x) for name, x in found if isinstance(x, torch.Tensor) and x.dim() > 2]
+
+
+def test_a_schedule_of_the_model_is_kept(passes: Any) -> None:
+    """Layers 1 and 4 have no indexers; the others follow `share`."""
+    passes.sharing = sharing(Options.read({"share": "FSFSS"}))
+    model = with_schedule("FSFFS")
+    expected = run(with_schedule("FSFSS"), model.config, "static")
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert {plan.schedule for plan in passes.plans} == {"FSFSS"}
+    assert {len(plan.shares) for plan in passes.plans} == {1}
+
+
+def test_the_option_works_through_torch_compile() -> None:
+    model = glm()
+    ids = torch.randint(1, 60, (1, 16))
+    expected = with_schedule("FSSSF")(input_ids=ids, use_cache=False).logits
+    with torch.no_grad():
+        got = torch.compile(model, backend="clsa", options={"share": 4})(
+            input_ids=ids, use_cache=False
+        ).logits
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert counters["clsa"]["index_topk"] == 2
+    assert counters["clsa"]["sparse_attention"] == LAYERS
+
+
+@pytest.mark.parametrize("share", ["FSS", "FFFFFF"])
+def test_a_schedule_of_another_length_is_an_error(share: str) -> None:
+    model = torch.compile(glm(), backend="clsa", options={"share": share})
+    with (
+        torch.no_grad(),
+        pytest.raises(Exception, match=f"is for {len(share)} layers; this graph has 5") as error,
+    ):
+        model(input_ids=torch.ones(1, 16, dtype=torch.long), use_cache=False)
+    assert isinstance(getattr(error.value, "inner_exception", error.value), OptionError)
+
+
+def test_the_report_says_what_is_shared_and_that_results_change() -> None:
+    ids = torch.ones(1, 16, dtype=torch.long)
+    report = clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": 4})
+    assert report.counts()["index_topk"] == 2
+    text = str(report)
+    assert "schedule FSSSF: layers 1, 2, 3 do not run their indexers. This changes results" in text
+    assert "layers 0, 1, 2, 3 share the index of layer 0" in text
+    plain = clsa_compile.inspect(glm(), input_ids=ids, use_cache=False)
+    assert "schedule" not in str(plain)
+    assert {plan.schedule for plan in plain.plans} == {"FFFFF"}
