@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import sympy
 import torch
 import torch.nn.functional as F
@@ -28,15 +30,73 @@ def q(seed: int = 0) -> Tensor:
     return torch.randn(B, H, T, D)
 
 
-def selection(iq: Tensor, ik: Tensor, causal: Tensor) -> Tensor:
+def selection(iq: Tensor, ik: Tensor, causal: Tensor, k: int = K) -> Tensor:
     scores = torch.einsum("bshd,btd->bsht", iq, ik).relu().sum(2)
-    indices = scores.masked_fill(~causal, -math.inf).topk(K, dim=-1).indices
-    chosen = torch.zeros(B, T, T, dtype=torch.bool).scatter(-1, indices, True)
+    indices = scores.masked_fill(~causal, -math.inf).topk(k, dim=-1).indices
+    chosen = torch.zeros(B, *causal.shape, dtype=torch.bool).scatter(-1, indices, True)
     return (chosen & causal)[:, None]
 
 
 def plan_of(trace: Trace, fn: Any, *args: Tensor) -> Plan:
     return decide(trace(fn, *args)).plan
+
+
+def two_layers(
+    one: tuple[int, int, int], other: tuple[int, int, int], back: int = 0
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Two layers with indexers of their own: (queries, keys, selected) of each; the second's mask shifted."""
+
+    def fn(x: Tensor, y: Tensor, iq: Tensor, ik: Tensor) -> tuple[Tensor, Tensor]:
+        outs = []
+        for (s, t, k), shift in ((one, 0), (other, back)):
+            causal = torch.arange(t)[None] <= torch.arange(s)[:, None] + (t - s - shift)
+            mask = selection(iq[:, :s] + shift, ik[:, :t], causal, k)
+            outs.append(sdpa(x[:, :, :s], y[:, :, :t], y[:, :, :t] + shift, attn_mask=mask))
+            iq, x = iq * 2, x + 1
+        return outs[0], outs[1]
+
+    return fn
+
+
+WHOLE = (T, T, K)
+
+
+@pytest.mark.parametrize(
+    ("other", "back", "why"),
+    [
+        (WHOLE, 0, ""),
+        ((T, T, K - 1), 0, f"it selects {K - 1} tokens"),
+        (WHOLE, 1, "its mask is not that of"),
+        ((T - 2, T, K), 0, "its mask is not that of"),
+        ((T - 2, T - 2, K), 0, "it has other queries"),
+    ],
+)
+def test_an_index_is_read_only_where_it_means_the_same(
+    trace: Trace, other: tuple[int, int, int], back: int, why: str
+) -> None:
+    args = (q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
+    captured = trace(two_layers(WHOLE, other, back), *args)
+    plan = decide(captured, lambda owners: [0] * len(owners)).plan
+    assert [site.action for site in plan.sites] == ["sparse", "sparse"]
+    if not why:
+        assert (plan.schedule, plan.shares) == ("FS", (1,))
+        return
+    assert (plan.schedule, plan.shares) == ("FF", ())
+    assert re.search(f"keeps its own index: .*({why})", plan.sites[1].reason), plan.sites[1].reason
+    assert plan.sites[0].reason == ""
+
+
+def test_other_keys_are_another_index(trace: Trace) -> None:
+    def fn(x: Tensor, y: Tensor, iq: Tensor, ik: Tensor) -> tuple[Tensor, Tensor]:
+        every = torch.ones(T, T, dtype=torch.bool)
+        fewer = torch.ones(T, T - 2, dtype=torch.bool)
+        one, two = selection(iq, ik, every), selection(iq * 2, ik[:, :-2], fewer)
+        return sdpa(x, y, y, attn_mask=one), sdpa(x, y[:, :, :-2], y[:, :, :-2], attn_mask=two)
+
+    captured = trace(fn, q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
+    plan = decide(captured, lambda owners: [0] * len(owners)).plan
+    assert plan.schedule == "FF"
+    assert "keeps its own index: it has other keys" in plan.sites[1].reason
 
 
 def test_layers_of_one_index_are_one_group(trace: Trace) -> None:
