@@ -80,7 +80,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     if left is not None:
         return f"{left[0]}: {left[1]}"
     try:
-        plan = decide(capture(gm), sharing(options)).plan
+        plan = decide(capture(gm), sharing(options), reclaims=options.reclaim).plan
     except ClsaError as error:
         if options.strict:
             raise
@@ -95,7 +95,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     captured = capture(gm)
     dump = Dump.open(options.dump)
     dump.graph("captured", captured)
-    decision = decide(captured, sharing(options))
+    decision = decide(captured, sharing(options), reclaims=options.reclaim)
     dump.plan(decision.plan)
     _count(decision.plan)
     _report_left(decision.plan, options)

@@ -12,7 +12,7 @@ from clsa_compile.errors import OptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # Asked for by the design, and not part of this version: an error is better than a silent no-op.
-_LATER = ("topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill", "reclaim")
+_LATER = ("topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Options:
 
     share: "off", a number n (every n-th layer runs its indexer, the others read its index), or a schedule of
         the letters F and S. Changes results.
+    reclaim: key caches that only indexers read which no longer run are not written either.
     strict: reasons become errors.
     dump: a folder for the graphs of each stage, or None.
     inductor: options handed on to Inductor.
@@ -29,6 +30,7 @@ class Options:
     """
 
     share: int | str = "off"
+    reclaim: bool = False
     strict: bool = False
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Options:
 
     def _check(self) -> None:
         checks = (
+            ("reclaim", isinstance(self.reclaim, bool), "True or False"),
             ("strict", isinstance(self.strict, bool), "True or False"),
             (
                 "dump",
@@ -87,10 +90,14 @@ class Options:
             if not ok:
                 raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
 
+        if self.reclaim and self.share == "off":
+            raise OptionError("the option 'reclaim' needs 'share': without it every indexer runs")
+
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        ours = f"share={self.share!r};strict={self.strict};mode={self.mode};autotune={self.autotune}"
+        names = ("share", "reclaim", "strict", "mode", "autotune")
+        ours = ";".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{ours};inductor={inductor}"
 
 

@@ -240,12 +240,18 @@ def _kin(site: SitePlan) -> tuple[Any, ...]:
 def _schedule(plan: Plan) -> list[str]:
     if not plan.shares:
         return []
-    layers = {site.ordinal: site.layer for site in plan.sites}
-    members = ", ".join(str(layers[ordinal]) for ordinal in plan.shares)
-    return [
+    layers = {site.ordinal: str(site.layer) for site in plan.sites}
+    members = ", ".join(layers[ordinal] for ordinal in plan.shares)
+    lines = [
         f"schedule {plan.schedule}: layers {members} do not run their indexers. This changes results; "
         "the model was trained to select tokens in each of them"
     ]
+    if plan.invalid:
+        members = ", ".join(layers[ordinal] for ordinal in plan.invalid)
+        lines.append(
+            f"the index keys of layers {members} are not written: no other code may select tokens by them"
+        )
+    return lines
 
 
 def _describe(group: Group, plan: Plan) -> str:

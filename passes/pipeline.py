@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
+
+from torch.fx import Node
 
 from clsa_compile.errors import ClsaError, PassError
 from clsa_compile.ir.captured import Captured
@@ -20,6 +22,7 @@ from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import Sharing, plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
+from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.verify import mutations, verify
 
@@ -32,16 +35,20 @@ class Decision:
 
     sites: Sites
     plan: Plan
+    reclaimed: tuple[Node, ...] = ()
 
 
-def decide(captured: Captured, sharing: Sharing | None = None) -> Decision:
+def decide(captured: Captured, sharing: Sharing | None = None, *, reclaims: bool = False) -> Decision:
     """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
     with _named("canonicalize"):
         canonicalize(captured)
     with _named("match"):
         sites = match(captured, FAMILIES)
     with _named("plan"):
-        return Decision(sites, plan(sites, sharing))
+        decided = plan(sites, sharing)
+        writes = reclaimable(captured, sites, decided) if reclaims else {}
+        every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
+        return Decision(sites, replace(decided, invalid=tuple(writes)), every)
 
 
 def carry_out(
@@ -52,9 +59,11 @@ def carry_out(
     observe: Observer | None = None,
 ) -> tuple[Captured, tuple[Choice, ...]]:
     """Rewrites and lowers a graph as decided. `observe(stage, captured)` is called after each pass."""
-    kept = mutations(captured.graph)
+    kept = [node for node in mutations(captured.graph) if node not in decision.reclaimed]
     with _named("rewrite"):
         rewrite(captured, decision.sites, decision.plan)
+        if decision.reclaimed:
+            reclaim(captured, decision.reclaimed)
         verify(captured, "rewrite", kept)
     if observe is not None:
         observe("rewritten", captured)

@@ -52,13 +52,15 @@ class Plan:
 
     `schedule` has a letter for each layer that attends to selected tokens: F where it runs its indexer, S
     where it reads an earlier index. `shares` are the ordinals of the layers that have an indexer and read
-    another one's index, which changes results.
+    another one's index, which changes results. `invalid` are those among them whose index keys are no longer
+    written.
     """
 
     sites: tuple[SitePlan, ...]
     groups: tuple[Group, ...]
     schedule: str = ""
     shares: tuple[int, ...] = ()
+    invalid: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
@@ -67,6 +69,7 @@ class Plan:
             "groups": [asdict(g) for g in self.groups],
             "schedule": self.schedule,
             "shares": list(self.shares),
+            "invalid": list(self.invalid),
         }
 
     @classmethod
@@ -77,6 +80,7 @@ class Plan:
             tuple(Group(**{**g, "members": tuple(g["members"])}) for g in data["groups"]),
             data.get("schedule", ""),
             tuple(data.get("shares", ())),
+            tuple(data.get("invalid", ())),
         )
 
     def count(self, action: Action) -> int:

@@ -27,10 +27,11 @@ class Passes:
     modules: list[GraphModule] = field(default_factory=list)
     rewritten: list[Counter[Any]] = field(default_factory=list)
     sharing: Any = None
+    reclaims: bool = False
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         captured = capture(gm)
-        decision = decide(captured, self.sharing)
+        decision = decide(captured, self.sharing, reclaims=self.reclaims)
         carry_out(captured, decision, (), lambda kernel: kernel, self._observe)
         self.plans.append(decision.plan)
         self.modules.append(captured.module)

@@ -55,13 +55,11 @@ def test_an_unknown_key_lists_the_known_ones_and_where_inductors_go() -> None:
     message = str(error.value)
     assert "unknown option 'cudagraph_trees'" in message
     assert "did you mean" not in message
-    assert "Known options: share, strict, dump, inductor, mode, autotune." in message
+    assert "Known options: share, reclaim, strict, dump, inductor, mode, autotune." in message
     assert "options={'inductor': {...}}" in message
 
 
-@pytest.mark.parametrize(
-    "key", ["topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill", "reclaim"]
-)
+@pytest.mark.parametrize("key", ["topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill"])
 def test_what_comes_later_is_an_error_and_no_silent_nothing(key: str) -> None:
     with pytest.raises(OptionError, match=f"'{key}' is not available in this version"):
         Options.read({key: 4})
@@ -79,6 +77,7 @@ def test_what_comes_later_is_an_error_and_no_silent_nothing(key: str) -> None:
         ({"share": "fsss"}, "consists of F"),
         ({"share": "plan.json"}, "consists of F"),
         ({"share": "SF"}, "before the first F there is no index"),
+        ({"reclaim": 1}, "True or False"),
         ({"strict": 1}, "True or False"),
         ({"strict": "yes"}, "True or False"),
         ({"strict": None}, "True or False"),
@@ -101,6 +100,12 @@ def test_a_wrong_value_names_key_value_and_what_is_accepted(options: Any, accept
     message = str(error.value)
     assert f"the option {key!r} is {value!r}" in message
     assert accepted in message
+
+
+def test_reclaiming_needs_sharing() -> None:
+    assert Options.read({"reclaim": True, "share": 4}).reclaim
+    with pytest.raises(OptionError, match="'reclaim' needs 'share'"):
+        Options.read({"reclaim": True})
 
 
 def test_a_mode_given_twice_must_be_the_same() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import StaticCache
 
 import clsa_compile
 from clsa_compile.backend import sharing
@@ -78,6 +79,39 @@ def test_caches_stay_what_eager_makes_them(passes: Any) -> None:
 def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
     found = sorted(vars(layer).items())
     return [(name, x) for name, x in found if isinstance(x, torch.Tensor) and x.dim() > 2]
+
+
+def test_reclaimed_key_caches_are_not_written(passes: Any) -> None:
+    passes.sharing, passes.reclaims = sharing(Options.read({"share": "FSSFS"})), True
+    model = glm()
+    expected = run(with_schedule("FSSFS"), model.config, "static")
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(expected, ours) < TOLERANCE
+    for plan, targets in zip(passes.plans, passes.rewritten, strict=True):
+        assert plan.invalid == (1, 2, 4)
+        # K and V of all five, index keys of two.
+        assert targets[torch.ops.aten.index_copy_.default] == 2 * LAYERS + 2
+    empty = [bool((layer.indexer_keys == 0).all()) for layer in ours.cache.layers]
+    assert empty == [False, True, True, False, True]
+    for mine, theirs in zip(ours.cache.layers, expected.cache.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_growing_key_caches_stay(passes: Any) -> None:
+    passes.sharing, passes.reclaims = sharing(Options.read({"share": "FSSSS"})), True
+    model = glm()
+    ours = run(torch.compile(model, backend=passes), model.config, "dynamic")
+    assert all(plan.invalid == () for plan in passes.plans)
+    assert largest_difference(run(with_schedule("FSSSS"), model.config, "dynamic"), ours) < TOLERANCE
+
+
+def test_the_report_names_what_is_no_longer_written() -> None:
+    model = glm()
+    cache = StaticCache(model.config, max_cache_len=LENGTH)
+    ids = torch.ones(1, 16, dtype=torch.long)
+    options = {"share": "FSSSS", "reclaim": True}
+    report = clsa_compile.inspect(model, input_ids=ids, past_key_values=cache, options=options)
+    assert "the index keys of layers 1, 2, 3, 4 are not written" in str(report)
 
 
 def test_a_schedule_of_the_model_is_kept(passes: Any) -> None:
