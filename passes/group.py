@@ -28,7 +28,9 @@ def plan(sites: Sites, sharing: Sharing | None = None) -> Plan:
         for i, anchor in enumerate(wanted)
         if anchor != owners[i] and (why := _cannot_read(able[i], able[anchor]))
     }
-    read = [owners[i] if able[i].ordinal in refused else anchor for i, anchor in enumerate(wanted)]
+    # Layers of one selection stay together.
+    kept = {owners[i] for i, site in enumerate(able) if site.ordinal in refused}
+    read = [owner if owner in kept else anchor for owner, anchor in zip(owners, wanted, strict=True)]
     entries = [_entry(s, refused.get(s.ordinal, "")) for s in sites.attention]
     entries += [_left(r) for r in sites.rejects]
     return Plan(
