@@ -99,6 +99,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     dump.plan(decision.plan)
     _count(decision.plan)
     _report_left(decision.plan, options)
+    _report_unshared(decision.plan, options)
     if not any(entry.action != "left" for entry in decision.plan.sites):
         return gm  # nothing to gain from another dialect
     variants = variants_for(captured, options)
@@ -202,6 +203,17 @@ def _report_left(plan: Plan, options: Options) -> None:
     if options.strict:
         raise StrictError(message)
     _warn_once(lines, message)
+
+
+def _report_unshared(plan: Plan, options: Options) -> None:
+    if options.share == "off" or plan.schedule or not plan.sites:
+        return
+    message = (
+        f"share={options.share!r} changes nothing: none of the {len(plan.sites)} attentions has an indexer"
+    )
+    if options.strict:
+        raise StrictError(message)
+    _warn_once("share", message)
 
 
 def _count(plan: Plan) -> None:

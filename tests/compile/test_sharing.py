@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import clsa_compile
-from clsa_compile.backend import sharing
+from clsa_compile.backend import ClsaWarning, sharing
 from clsa_compile.config import Options
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import OptionError, StrictError
 from clsa_compile.testing import Transcript, cache_difference, generate_steps, largest_difference, tiny
 
 LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 12, 4, 48, 1e-4
@@ -147,6 +148,21 @@ def test_a_schedule_of_another_length_is_an_error(share: str) -> None:
     ):
         model(input_ids=torch.ones(1, 16, dtype=torch.long), use_cache=False)
     assert isinstance(getattr(error.value, "inner_exception", error.value), OptionError)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_without_indexers_has_nothing_to_share(strict: bool) -> None:
+    options = {"share": 4, "strict": strict}
+    model = torch.compile(tiny("llama"), backend="clsa", options=options)
+    ids = torch.ones(1, 8, dtype=torch.long)
+    message = "share=4 changes nothing: none of the 2 attentions has an indexer"
+    with torch.no_grad():
+        if strict:
+            with pytest.raises((StrictError, BackendCompilerFailed), match=message):
+                model(input_ids=ids, use_cache=False)
+        else:
+            with pytest.warns(ClsaWarning, match=message):
+                model(input_ids=ids, use_cache=False)
 
 
 def test_the_report_says_what_is_shared_and_that_results_change() -> None:
