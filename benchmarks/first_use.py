@@ -48,7 +48,7 @@ def dense_step() -> None:
 
 def sparse_steps() -> None:
     """One layer of a model with an indexer: a prompt of 256 tokens, then one token."""
-    k, keys = normal(1, 16, T, 192), normal(1, 1, T, 128)
+    k, v, keys = normal(1, 16, T, 192), normal(1, 16, T, 128), normal(1, 1, T, 128)
     for queries in (256, 1):
         q, iq = normal(1, 16, queries, 192), normal(1, 32, queries, 128)
         weight = torch.randn(1, 32, queries, device="cuda")
@@ -57,9 +57,7 @@ def sparse_steps() -> None:
         indices = torch.ops.clsa.index_topk(
             iq, keys, weight, None, None, bounds, [], TOPK, 128**-0.5, LIGHTNING.text, "", False
         )
-        torch.ops.clsa.sparse_attention(
-            q, k, k[..., :128], indices, None, bounds, [], None, 192**-0.5, 0.0, ""
-        )
+        torch.ops.clsa.sparse_attention(q, k, v, indices, None, bounds, [], None, 192**-0.5, 0.0, "")
 
 
 MODELS: dict[str, Callable[[], None]] = {"llama": dense_step, "glm_moe_dsa": sparse_steps}
