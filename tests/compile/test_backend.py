@@ -436,7 +436,7 @@ def test_a_pass_that_fails_names_itself_and_inductor_takes_over(
 def test_errors_raised_on_purpose_keep_their_words(
     error: Exception, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise error
 
     monkeypatch.setattr(clsa_compile.backend, "decide", broken)
