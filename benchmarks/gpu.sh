@@ -23,10 +23,14 @@ sanitize() { # tool: one process a test file
       python3 -m pytest "$file" -m "gpu and not slow" -q -p no:cacheprovider > "$out/$tool.$name.log" 2>&1 &
     pids+=("$!:$name")
   done
+  local code failed=0
   for pid in "${pids[@]}"; do
-    wait "${pid%%:*}"; echo "$tool ${pid##*:}: exit $?; $(tail -n 1 "$out/$tool.${pid##*:}.log"); $(tail -n 1 "$out/$tool.${pid##*:}.txt")"
+    wait "${pid%%:*}"; code=$?
+    [ $code -eq 0 ] || failed=1
+    echo "$tool ${pid##*:}: exit $code; $(tail -n 1 "$out/$tool.${pid##*:}.log"); $(tail -n 1 "$out/$tool.${pid##*:}.txt")"
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
+  return $failed
 }
 for part in $parts; do
   case $part in

@@ -81,11 +81,13 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
         return f"{left[0]}: {left[1]}"
     try:
         plan = decide(capture(gm), sharing(options), reclaims=options.reclaim).plan
+    except OptionError:
+        raise
     except ClsaError as error:
         if options.strict:
             raise
         return f"{_why(gm, error)}: {error}"
-    _report_left(plan, options)
+    _report(plan, options)
     return plan
 
 
@@ -98,8 +100,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     decision = decide(captured, sharing(options), reclaims=options.reclaim)
     dump.plan(decision.plan)
     _count(decision.plan)
-    _report_left(decision.plan, options)
-    _report_unshared(decision.plan, options)
+    _report(decision.plan, options)
     if not any(entry.action != "left" for entry in decision.plan.sites):
         return gm  # nothing to gain from another dialect
     variants = variants_for(captured, options)
@@ -172,11 +173,16 @@ def _inductor_alone(
 ) -> Compiled:
     counters["clsa"][f"left_graphs_{reason}"] += 1
     message = f"clsa left a graph to Inductor ({reason}): {detail}"
-    if options.strict:
-        raise StrictError(message)
-    _warn_once(reason, message)
+    _complain(reason, message, options)
     log.info(message)
     return _inductor(gm, example_inputs, options)
+
+
+def _complain(key: str, message: str, options: Options) -> None:
+    """Warns of something once; with `strict` it is an error."""
+    if options.strict:
+        raise StrictError(message)
+    _warn_once(key, message)
 
 
 @cache
@@ -194,26 +200,16 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
     return compiled
 
 
-def _report_left(plan: Plan, options: Options) -> None:
+def _report(plan: Plan, options: Options) -> None:
+    """Says which attentions are left, and when there is nothing to share."""
     left = [entry for entry in plan.sites if entry.action == "left"]
-    if not left:
-        return
-    lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
-    message = f"clsa left {len(left)} of {len(plan.sites)} attentions as they were: {lines}"
-    if options.strict:
-        raise StrictError(message)
-    _warn_once(lines, message)
-
-
-def _report_unshared(plan: Plan, options: Options) -> None:
-    if options.share == "off" or plan.schedule or not plan.sites:
-        return
-    message = (
-        f"share={options.share!r} changes nothing: none of the {len(plan.sites)} attentions has an indexer"
-    )
-    if options.strict:
-        raise StrictError(message)
-    _warn_once("share", message)
+    if left:
+        lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
+        found = f"{len(left)} of {len(plan.sites)} attentions"
+        _complain(lines, f"clsa left {found} as they were: {lines}", options)
+    if options.share != "off" and plan.sites and not plan.schedule:
+        nothing = f"none of the {len(plan.sites)} attentions has an indexer with more keys than it selects"
+        _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
 
 
 def _count(plan: Plan) -> None:

@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
-from clsa_compile.ir.sites import Sites
+from clsa_compile.ir.sites import AttentionSite, IndexerSite, Sites
 from clsa_compile.passes.analyze import storages, written
 from clsa_compile.passes.tidy import drop_dead, is_pure
 
@@ -21,18 +21,35 @@ def reclaimable(captured: Captured, sites: Sites, plan: Plan) -> dict[int, list[
     """
     idle = {site.ordinal: site.indexer for site in sites.attention if site.ordinal in plan.shares}
     selections = {indexer.topk_node for indexer in idle.values() if indexer is not None}
-    taken = {entry.ordinal for entry in plan.sites if entry.action != "left"}
-    dying = _Dying(
+    replaced = (
         site.out
         for site in sites.attention
-        if site.ordinal in taken and site.indexer is not None and site.indexer.topk_node in selections
+        if site.indexer is not None and site.indexer.topk_node in selections
     )
+    dying = _Dying(replaced, _operands(sites, plan))
     found = {ordinal: _writes(indexer.k.root) for ordinal, indexer in idle.items() if indexer is not None}
     return {
         ordinal: writes
         for ordinal, writes in found.items()
         if writes and _only_dying_read(captured.graph, writes, dying)
     }
+
+
+def _operands(sites: Sites, plan: Plan) -> set[Node]:
+    """Returns what attentions, and the indexers that run, read once they are contract ops."""
+    running = {group.anchor for group in plan.groups if group.kind == "index"}
+    found: set[Node] = set()
+    for site in sites.attention:
+        readers: list[AttentionSite | IndexerSite] = [site]
+        operands = [site.q, site.k, site.v, site.sinks]
+        if site.indexer is not None and site.ordinal in running:
+            readers.append(site.indexer)
+            operands += [site.indexer.q, site.indexer.k, site.indexer.weight]
+        for reader in readers:
+            operands.append(reader.mask.tensor)
+            found.update(reader.mask.inputs)
+        found.update(operand.root for operand in operands if operand is not None)
+    return found
 
 
 def reclaim(captured: Captured, writes: Iterable[Node]) -> None:
@@ -46,10 +63,11 @@ def reclaim(captured: Captured, writes: Iterable[Node]) -> None:
 
 
 class _Dying:
-    """Tells which nodes nothing needs any more, given attentions that will be replaced."""
+    """Tells which nodes nothing needs any more, given replaced attentions and what those still read."""
 
-    def __init__(self, replaced: Iterable[Node]) -> None:
-        self._known = dict.fromkeys(replaced, True)
+    def __init__(self, replaced: Iterable[Node], needed: Iterable[Node]) -> None:
+        self.needed = frozenset(needed)
+        self._known = dict.fromkeys(replaced, True) | dict.fromkeys(self.needed, False)
 
     def __call__(self, node: Node) -> bool:
         """Tells whether a node will go. No recursion: chains of views are long."""
@@ -81,6 +99,8 @@ def _only_dying_read(graph: Graph, writes: list[Node], dying: _Dying) -> bool:
     (buffer,) = written(writes[0])
     own = set(storages(buffer.meta.get("val")))
     inside = {buffer, *writes}
+    if not dying.needed.isdisjoint(inside):
+        return False
     for node in graph.nodes:
         if node in inside or own.isdisjoint(storages(node.meta.get("val"))):
             continue

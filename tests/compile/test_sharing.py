@@ -150,6 +150,14 @@ def test_a_schedule_of_another_length_is_an_error(share: str) -> None:
     assert isinstance(getattr(error.value, "inner_exception", error.value), OptionError)
 
 
+def test_inspecting_says_what_compiling_would() -> None:
+    ids = torch.ones(1, 16, dtype=torch.long)
+    with pytest.raises((OptionError, BackendCompilerFailed), match="is for 3 layers; this graph has 5"):
+        clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": "FSS"})
+    with pytest.warns(ClsaWarning, match="share=4 changes nothing"):
+        clsa_compile.inspect(tiny("llama"), input_ids=ids, use_cache=False, options={"share": 4})
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_model_without_indexers_has_nothing_to_share(strict: bool) -> None:
     options = {"share": 4, "strict": strict}

@@ -105,6 +105,23 @@ def test_keys_that_the_anchor_reads_too_stay(trace: Trace) -> None:
     assert reclaimed(trace, fn) == ((), 1)
 
 
+def test_keys_that_attention_reads_too_stay(trace: Trace) -> None:
+    """An indexer that scores the keys of attention itself: idle, but its keys are not."""
+
+    def fn(x: Tensor, y: Tensor, iq: Tensor, new: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, ...]:
+        at = torch.arange(T)
+        causal = at[None] <= at[:, None]
+        one, two = c1.index_copy_(1, at, new), c2.index_copy_(1, at, new * 2)
+        outs = []
+        for scale, keys in ((1, one), (2, two)):
+            k = keys[:, None].expand(B, H, T, 5)
+            mask = selection(iq * scale, keys, causal)
+            outs.append(sdpa(x[..., :5] * scale, k, y * scale, attn_mask=mask))
+        return tuple(outs)
+
+    assert reclaimed(trace, fn) == ((), 2)
+
+
 def test_nothing_is_reclaimed_unasked(trace: Trace) -> None:
     torch.manual_seed(0)
     args = (torch.randn(B, H, T, D), torch.randn(B, H, T, D), torch.randn(B, T, 4, 5))
