@@ -1,4 +1,4 @@
-"""The pipeline, in order: canonicalize, match, plan, rewrite, lower; verified between passes."""
+"""The pipeline, in order: canonicalize, match, plan, rewrite, keep tables, lower; verified between passes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
+from clsa_compile.passes.tables import keep_tables
 from clsa_compile.passes.verify import mutations, verify
 
 Observer = Callable[[str, Captured], None]
@@ -64,6 +65,7 @@ def carry_out(
         rewrite(captured, decision.sites, decision.plan)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
+        keep_tables(captured)
         verify(captured, "rewrite", kept)
     if observe is not None:
         observe("rewritten", captured)

@@ -63,6 +63,28 @@ def conjuncts(predicate: Boolean) -> tuple[Boolean, ...]:
     return tuple(predicate.args) if isinstance(predicate, sympy.And) else (predicate,)
 
 
+def interval(predicate: Boolean) -> tuple[tuple[Any, ...], tuple[Any, ...]] | None:
+    """Returns (lows, highs) where the predicate says max(lows) <= kv < min(highs), whatever h is.
+
+    None for a predicate that says anything else.
+    """
+    lows, highs = [], []
+    for condition in conjuncts(predicate):
+        if not isinstance(condition, sympy.Le | sympy.Lt | sympy.Ge | sympy.Gt):
+            return None
+        difference = sympy.expand(condition.lts - condition.gts)  # at most 0
+        slope = difference.coeff(KV_, 1)
+        rest = sympy.expand(difference - slope * KV_)
+        if slope not in (1, -1) or rest.has(KV_) or rest.has(H_):
+            return None
+        gap = 1 if isinstance(condition, sympy.Lt | sympy.Gt) else 0
+        if slope == 1:
+            highs.append(1 - gap - rest)
+        else:
+            lows.append(rest + gap)
+    return tuple(lows), tuple(highs)
+
+
 _TORCH_RELATIONS: dict[Any, Callable[[Any, Any], Any]] = {
     sympy.Le: lambda a, b: a <= b,
     sympy.Lt: lambda a, b: a < b,
@@ -74,7 +96,7 @@ _TORCH_RELATIONS: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 def predicate_to_torch(predicate: Any, index: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
-    """Evaluates a predicate over broadcastable index tensors.
+    """Evaluates a predicate, or a number in one, over broadcastable index tensors.
 
     `index` maps "b", "h", "q", "kv" to int64 tensors that broadcast together; the result broadcasts
     to the same shape. Raises ExpressionError for a function that a predicate may not use.

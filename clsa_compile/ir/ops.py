@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+from clsa_compile.ir.masks import index_grid, interval, parse_predicate, predicate_to_torch
 from clsa_compile.ir.pages import check_pages, gathered
 from clsa_compile.ir.scores import Score, parse_score, pointwise_to_torch
 
@@ -300,19 +300,40 @@ def mask_bounds_reference(
     forbids -inf and its dtype's lowest finite value; any other value only biases.
     """
     b, s = like.shape[0], like.shape[2]
+    ends = interval(parse_predicate(predicate)) if mask is None else None
+    if ends is not None:
+        return _interval_bounds(ends, mask_inputs, (b, 1, s, keys), like.device)
     valid, bias = attend_mask(mask, mask_inputs, predicate, (b, heads, s, keys), like.device)
     if bias is not None:
         lifted = bias > torch.finfo(bias.dtype).min
         valid = lifted if valid is None else valid & lifted
     # int64 until the end: a symbolic T is one, and Inductor wants one type throughout a reduction.
     positions = torch.arange(keys, device=like.device)
-    if valid is None:
-        zero = torch.zeros((b, s), dtype=torch.int32, device=like.device)
-        return torch.stack((zero, zero + keys), dim=-1)
+    assert valid is not None  # without a mask and with an empty predicate it is an interval
     valid = valid.expand(b, valid.shape[1], s, keys)
     end = torch.where(valid, positions + 1, 0).amax((1, 3))
     start = torch.where(valid, positions, keys).amin((1, 3))
     return torch.stack((torch.minimum(start, end), end), dim=-1).to(torch.int32)
+
+
+def _interval_bounds(
+    ends: tuple[tuple[Any, ...], tuple[Any, ...]],
+    mask_inputs: Sequence[Tensor],
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+) -> Tensor:
+    """Returns `mask_bounds` of an interval [max(lows), min(highs)), without a look at any key."""
+    grid = index_grid((*sizes[:3], 1), device)
+    start = torch.zeros_like(grid["q"])
+    end = start + sizes[3]
+    for low in ends[0]:
+        start = start.clamp(min=predicate_to_torch(low, grid, mask_inputs))
+    for high in ends[1]:
+        end = end.clamp(max=predicate_to_torch(high, grid, mask_inputs))
+    start, end = torch.broadcast_tensors(start, end)
+    both = torch.stack((start, end), dim=-1)
+    both = torch.where((start < end).unsqueeze(-1), both, 0)
+    return both.reshape(-1, sizes[2], 2).expand(sizes[0], sizes[2], 2).to(torch.int32).contiguous()
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from clsa_compile.ir.masks import (
     conjuncts,
     floordiv,
     index_grid,
+    interval,
     load,
     mod,
     parse_predicate,
@@ -297,3 +298,43 @@ def test_grids_broadcast_and_stay_wide_enough_for_long_sequences() -> None:
         (2, 1, 1, 1), (1, 3, 1, 1), (1, 1, 4, 1), (1, 1, 1, 5),
     ]  # fmt: skip
     assert {g.dtype for g in grid.values()} == {torch.int64}
+
+
+def inside(predicate: Any) -> Tensor:
+    """What an interval allows, elementwise: bound by bound, in Python."""
+    ends = interval(predicate)
+    assert ends is not None
+    out = torch.zeros(SIZES, dtype=torch.bool)
+    for place in itertools.product(*map(range, SIZES)):
+        at = dict(zip(["b", "h", "q", "kv"], place, strict=True))
+        lows, highs = ([value_at(e, at) for e in side] for side in ends)
+        out[place] = all(low <= at["kv"] for low in lows) and all(at["kv"] < high for high in highs)
+    return out
+
+
+@st.composite
+def ends_of_keys(draw: Draw) -> Any:
+    relation = draw(st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt]))
+    end = draw(st.sampled_from([Q_, B_ + 1, load(1)(Q_), load(2)() - Q_, sympy.Min(Q_, 2), sympy.Integer(3)]))
+    return relation(KV_, end) if draw(st.booleans()) else relation(end - KV_, draw(st.integers(-2, 2)))
+
+
+@given(conditions=st.lists(ends_of_keys(), max_size=3))
+def test_ends_of_keys_are_an_interval(conditions: list[Any]) -> None:
+    predicate = sympy.And(*conditions)
+    assume(predicate != sympy.false)
+    assert torch.equal(inside(predicate), everywhere(predicate))
+
+
+@given(predicate=predicates())
+def test_what_is_taken_for_an_interval_is_one(predicate: Any) -> None:
+    assume(interval(predicate) is not None)
+    assert torch.equal(inside(predicate), everywhere(predicate))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Ne(in0(b, kv), 0)", "(kv <= q) | (kv < 2)", "kv <= h", "2*kv <= q", "Eq(kv, q)", "in0(b, kv) <= q"],
+)
+def test_what_is_no_interval_of_keys_is_told(text: str) -> None:
+    assert interval(parse_predicate(text)) is None
