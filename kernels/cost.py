@@ -15,12 +15,14 @@ Constants are fitted by `python benchmarks/fit_cost.py` to what was measured on 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import sympy
 from sympy import Max, Min, ceiling, floor
+from sympy.printing.pycode import PythonCodePrinter
 
 from clsa_compile.kernels.device import Device
 
@@ -169,7 +171,11 @@ FAMILIES = {
 @functools.cache
 def definitions(name: str) -> dict[str, Any]:
     """Returns the named parts of a family's time, in terms of sizes, shape, chip and constants."""
-    family = FAMILIES[name]
+    with sympy.evaluate(False):
+        return _definitions(FAMILIES[name])
+
+
+def _definitions(family: Family) -> dict[str, Any]:
     c = {field.name: constant(field.name) for field in fields(Constants)}
     work = STEP / TILE_BYTES
     arithmetic = c["step"] + work * (c["tile"] + c["tile_warp"] * 4 / WARPS)
@@ -225,7 +231,7 @@ def expression(name: str, fitted: bool = True) -> Any:
 
     Without `fitted` the constants are symbols too.
     """
-    parts = definitions(name)
+    parts = {key: part.doit() for key, part in definitions(name).items()}
     time = parts["time"].subs(RESIDENT, parts["resident"])
     if not fitted:
         return time
@@ -233,23 +239,41 @@ def expression(name: str, fitted: bool = True) -> Any:
     return time.subs({constant(f.name): getattr(constants, f.name) for f in fields(Constants)})
 
 
+# Terms stay in the order that they were written in: to sort them takes longer than to print them.
+_PRINTER = PythonCodePrinter({"order": "none"})
+
+
 @functools.cache
-def _function(name: str) -> Callable[..., float]:
-    """Returns the time of a family as a Python function; made once a process."""
-    free = (*SIZES, *SHAPE, *CHIP)
-    return sympy.lambdify(free, expression(name), modules="math", cse=True)
+def _functions(name: str) -> tuple[Callable[..., int], Callable[..., float]]:
+    """Returns `resident` and `time` of a family as Python functions; made once a process.
+
+    Nothing is substituted, because sympy would simplify what comes out, which takes most of a second.
+    """
+    parts = definitions(name)
+    known = (*SIZES, *SHAPE, *CHIP)
+    constants = [constant(f.name) for f in fields(Constants)]
+    return _compiled(known, parts["resident"]), _compiled((*known, RESIDENT, *constants), parts["time"])
+
+
+def _compiled(arguments: Sequence[Any], expression: Any) -> Callable[..., Any]:
+    """Returns an expression as a Python function. `sympy.lambdify` also writes a sorted docstring, slowly."""
+    text = f"lambda {', '.join(map(str, arguments))}: {_PRINTER.doprint(expression)}"
+    return eval(text, {"math": math})
 
 
 @functools.cache
 def _needs(name: str) -> Callable[..., tuple[float, float]]:
     family = FAMILIES[name]
-    return sympy.lambdify((*SIZES, *SHAPE), (family.shared, family.registers), modules="math")
+    shared, registers = (_compiled((*SIZES, *SHAPE), e) for e in (family.shared, family.registers))
+    return lambda *known: (shared(*known), registers(*known))
 
 
 def microseconds(name: str, sizes: Sizes, shape: Shape, device: Device) -> float:
     """Returns the predicted time of a launch, with the launch that merges its splits if there is one."""
     chip = (device.sms, device.bandwidth, device.shared, device.registers, device.launch_us)
-    return _function(name)(*_values(sizes), *_values(shape), *chip)
+    known = (*_values(sizes), *_values(shape), *chip)
+    held, time = _functions(name)
+    return time(*known, held(*known), *_values(FAMILIES[name].constants))
 
 
 def needs(name: str, sizes: Sizes, shape: Shape) -> tuple[float, float]:
@@ -257,5 +281,5 @@ def needs(name: str, sizes: Sizes, shape: Shape) -> tuple[float, float]:
     return _needs(name)(*_values(sizes), *_values(shape))
 
 
-def _values(record: Sizes | Shape) -> tuple[int, ...]:
+def _values(record: Sizes | Shape | Constants) -> tuple[Any, ...]:
     return tuple(getattr(record, field.name) for field in fields(record))

@@ -23,6 +23,7 @@ from clsa_compile.ir.variants import Facts, Variant, select
 from clsa_compile.passes.analyze import written
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.indexing import step
+from clsa_compile.passes.tables import hold
 from clsa_compile.passes.tidy import drop_dead
 
 
@@ -58,7 +59,10 @@ def lower(
         key = (op, variant.name if variant else "", _signature(node))
         if key not in traced:
             traced[key] = _trace(captured, node, _implementation(op, variant, wrap))
-        _inline(captured, node, traced[key])
+        results = _inline(captured, node, traced[key])
+        if op == "mask_bounds":
+            # Otherwise Inductor computes them again for each kernel that takes them.
+            hold(captured, results[0])
         choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons))
     drop_dead(captured.graph)
     captured.module.recompile()
@@ -144,8 +148,8 @@ def _trace(captured: Captured, node: Node, implementation: Callable[..., Any]) -
         return make_fx(call, pre_dispatch=True, tracing_mode="real")(*values)
 
 
-def _inline(captured: Captured, node: Node, traced: GraphModule) -> None:
-    """Copies a traced implementation before a node, and replaces the node by its result.
+def _inline(captured: Captured, node: Node, traced: GraphModule) -> list[Node]:
+    """Copies a traced implementation before a node, and replaces the node by its results; returns them.
 
     The result gets the order of strides that the contract op declares: later views rely on it.
     """
@@ -170,9 +174,11 @@ def _inline(captured: Captured, node: Node, traced: GraphModule) -> None:
         replaced = [node] if isinstance(result, Node) else [None] * len(results)
         for user in [] if isinstance(result, Node) else node.users:
             replaced[user.args[1]] = user
-        for old, new in zip(replaced, results, strict=True):
+        for i, old in enumerate(replaced):
             if old is not None:
-                old.replace_all_uses_with(emit.like(new, old))
+                results[i] = emit.like(results[i], old)
+                old.replace_all_uses_with(results[i])
     for user in list(node.users):
         graph.erase_node(user)
     graph.erase_node(node)
+    return results

@@ -24,19 +24,27 @@ _LIGHT = {aten.mul.Scalar, aten.mul.Tensor, aten.to.dtype, aten._to_copy.default
 
 def keep_tables(captured: Captured) -> int:
     """Makes Inductor hold every table of sines that has more than one reader; returns how many."""
-    tables = [_table(node) for node in captured.graph.nodes if node.target in _COSTLY]
-    kept = [table for table in dict.fromkeys(tables) if len(table.users) > 1 and _is_plain(table)]
-    for table in kept:
-        readers = list(table.users)
-        value = table.meta["val"]
-        with captured.graph.inserting_after(table):
-            # A strided view is a view of memory: Inductor writes what it is a view of.
-            held = Emitter(captured, table).call(
-                aten.as_strided.default, table, list(value.shape), list(value.stride())
-            )
-        for reader in readers:
-            reader.replace_input_with(table, held)
-    return len(kept)
+    tables = dict.fromkeys(_table(node) for node in captured.graph.nodes if node.target in _COSTLY)
+    return sum(len(table.users) > 1 and hold(captured, table) for table in tables)
+
+
+def hold(captured: Captured, node: Node) -> bool:
+    """Makes Inductor write a tensor to memory once for all of its readers; returns whether that was possible.
+
+    It takes a tensor that lies dense in memory and has sizes that are known.
+    """
+    value: Any = node.meta["val"]
+    if not all(isinstance(n, int) for n in (*value.shape, *value.stride())) or not value.is_contiguous():
+        return False
+    readers = list(node.users)
+    with captured.graph.inserting_after(node):
+        # A strided view is a view of memory: Inductor writes what it is a view of.
+        held = Emitter(captured, node).call(
+            aten.as_strided.default, node, list(value.shape), list(value.stride())
+        )
+    for reader in readers:
+        reader.replace_input_with(node, held)
+    return True
 
 
 def _table(node: Node) -> Node:
@@ -47,10 +55,3 @@ def _table(node: Node) -> Node:
             return node
         node = user
     return node
-
-
-def _is_plain(node: Node) -> bool:
-    """Tells whether a node's memory is dense and its sizes are known."""
-    value: Any = node.meta["val"]
-    sizes = (*value.shape, *value.stride())
-    return all(isinstance(n, int) for n in sizes) and value.is_contiguous() and node.op == "call_function"

@@ -272,3 +272,14 @@ def test_origins_are_carried_over(trace: Trace) -> None:
     made = [n for n in captured.graph.nodes if n.target is torch.ops.aten.matmul.default]
     assert len(made) == 2
     assert {n.meta["stack_trace"] for n in made} == {"here"}
+
+
+def test_bounds_are_held_for_all_kernels_that_take_them(trace: Trace) -> None:
+    def fn(q: Tensor) -> Tensor:
+        bounds = torch.ops.clsa.mask_bounds(q, None, [], H, T, "kv <= q")
+        return bounds[..., 0] + bounds[..., 1]
+
+    captured, _ = lower(trace(fn, qkv()[0]), (), wrap)
+    (held,) = [n for n in captured.graph.nodes if n.target is torch.ops.aten.as_strided.default]
+    assert len(held.users) == 2
+    assert torch.equal(captured.module(qkv()[0]), fn(qkv()[0]))
