@@ -15,19 +15,21 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from clsa_compile.capture.dynamo import capture, higher_order, subclass_input, uses_autocast
+from clsa_compile.capture.dynamo import capture, higher_order, name_buffers, subclass_input, uses_autocast
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels, torch_kernels
 from clsa_compile.dump import Dump
 from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Request
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.passes.group import Sharing
 from clsa_compile.passes.lower import Choice
-from clsa_compile.passes.pipeline import carry_out, decide, uuid
+from clsa_compile.passes.pipeline import Decision, carry_out, decide, uuid
+from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import anchors
 
 log = logging.getLogger("clsa_compile")
@@ -80,7 +82,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     if left is not None:
         return f"{left[0]}: {left[1]}"
     try:
-        plan = decide(capture(gm), sharing(options), reclaims=options.reclaim).plan
+        plan = decided(capture(gm), options).plan
     except OptionError:
         raise
     except ClsaError as error:
@@ -97,7 +99,7 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
     captured = capture(gm)
     dump = Dump.open(options.dump)
     dump.graph("captured", captured)
-    decision = decide(captured, sharing(options), reclaims=options.reclaim)
+    decision = decided(captured, options)
     dump.plan(decision.plan)
     _count(decision.plan)
     _report(decision.plan, options)
@@ -105,10 +107,39 @@ def transform(gm: GraphModule, options: Options) -> GraphModule:
         return gm  # nothing to gain from another dialect
     variants = variants_for(captured, options)
     captured, choices = carry_out(captured, decision, variants, _wrap_triton, dump.graph)
+    name_buffers(captured.module)
     dump.choices(choices)
     _count_choices(decision.plan)
     _log(decision.plan, choices)
     return captured.module
+
+
+def decided(captured: Captured, options: Options) -> Decision:
+    """Returns what the options make of a graph. Raises OptionError where they do not fit it."""
+    request = requested(options)
+    shared = sharing(options) if request is None else None
+    decision = decide(captured, shared, reclaims=options.reclaim, request=request)
+    if request is not None and any(site.has_selection for site in decision.sites.attention):
+        raise OptionError(
+            f"topk={options.topk} is for dense layers, and this model selects tokens by itself: its own number "
+            "stands; leave 'topk' out"
+        )
+    return decision
+
+
+def requested(options: Options) -> Request | None:
+    """Returns what the options ask of dense layers."""
+    if options.topk is None:
+        return None
+    dense = Dense(
+        options.topk,
+        options.share,
+        options.scope,
+        options.dense_layers,
+        options.keep_first,
+        options.keep_last,
+    )
+    return Request(route(dense), options.prefill == "sparse")
 
 
 def sharing(options: Options) -> Sharing | None:
@@ -207,7 +238,10 @@ def _report(plan: Plan, options: Options) -> None:
         lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
         found = f"{len(left)} of {len(plan.sites)} attentions"
         _complain(lines, f"clsa left {found} as they were: {lines}", options)
-    if options.share != "off" and plan.sites and not plan.schedule:
+    if options.topk is not None and not plan.schedule:
+        nothing = f"none of the {len(plan.sites)} attentions is dense over all tokens"
+        _complain("topk", f"topk={options.topk} changes nothing: {nothing}", options)
+    elif options.share != "off" and plan.sites and not plan.schedule:
         nothing = f"none of the {len(plan.sites)} attentions has an indexer with more keys than it selects"
         _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,16 +12,26 @@ from typing import Any
 from clsa_compile.errors import OptionError
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# Asked for by the design, and not part of this version: an error is better than a silent no-op.
-_LATER = ("topk", "scope", "dense_layers", "keep_first", "keep_last", "prefill")
+SCOPES = ("layer", "kv_head")
+PREFILLS = ("dense", "sparse")
+# The most tokens of a selection that kernels hold.
+MOST_TOKENS = 4096
+# What only means something for dense layers, and so needs `topk`.
+_DENSE = ("scope", "dense_layers", "keep_first", "keep_last", "prefill")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a user may ask for.
 
+    topk: dense layers attend to this many tokens, chosen by attention mass, 1 to 4096. Changes results.
     share: "off", a number n (every n-th layer runs its indexer, the others read its index), or a schedule of
-        the letters F and S. Changes results.
+        the letters F and S. Changes results. On dense layers, with `topk`: F attends to all tokens and chooses,
+        S attends to what the last F chose; "off" lets every layer choose for itself.
+    scope: "layer" (one set of tokens for all heads) or "kv_head" (one a kv head).
+    dense_layers: so many of the first layers stay dense, where `share` is no schedule.
+    keep_first, keep_last: tokens at both ends of a sequence that are always selected.
+    prefill: "dense" (prompts stay dense) or "sparse".
     reclaim: key caches that only indexers read which no longer run are not written either.
     strict: reasons become errors.
     dump: a folder for the graphs of each stage, or None.
@@ -29,7 +40,13 @@ class Options:
     autotune: kernels are timed while a graph is compiled for CUDA, and the fastest shape is kept on disk.
     """
 
+    topk: int | None = None
     share: int | str = "off"
+    scope: str = "layer"
+    dense_layers: int = 0
+    keep_first: int = 4
+    keep_last: int = 32
+    prefill: str = "dense"
     reclaim: bool = False
     strict: bool = False
     dump: str | None = None
@@ -49,8 +66,6 @@ class Options:
             given["mode"] = mode
         known = [f.name for f in fields(cls)]
         for key in given:
-            if key in _LATER:
-                raise OptionError(f"the option {key!r} is not available in this version of clsa")
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -62,12 +77,25 @@ class Options:
             given.setdefault("dump", os.environ["CLSA_DUMP"])
         if "CLSA_STRICT" in os.environ:
             given.setdefault("strict", os.environ["CLSA_STRICT"] not in ("", "0"))
+        for key in _DENSE:
+            if key in given and given.get("topk") is None:
+                raise OptionError(f"the option {key!r} is for dense layers, and needs 'topk'")
         checked = cls(**given)
         checked._check()
         return checked
 
     def _check(self) -> None:
         checks = (
+            (
+                "topk",
+                self.topk is None or _is_count(self.topk, 1, MOST_TOKENS),
+                f"1 to {MOST_TOKENS}, or None",
+            ),
+            ("scope", self.scope in SCOPES, " or ".join(map(repr, SCOPES))),
+            ("dense_layers", _is_count(self.dense_layers, 0), "a number from 0"),
+            ("keep_first", _is_count(self.keep_first, 0), "a number from 0"),
+            ("keep_last", _is_count(self.keep_last, 0), "a number from 0"),
+            ("prefill", self.prefill in PREFILLS, " or ".join(map(repr, PREFILLS))),
             ("reclaim", isinstance(self.reclaim, bool), "True or False"),
             ("strict", isinstance(self.strict, bool), "True or False"),
             (
@@ -89,16 +117,26 @@ class Options:
         for name, ok, accepted in checks:
             if not ok:
                 raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
-
         if self.reclaim and self.share == "off":
             raise OptionError("the option 'reclaim' needs 'share': without it every indexer runs")
+        if self.topk is not None and self.keep_first + self.keep_last > self.topk:
+            kept = f"keep_first={self.keep_first} and keep_last={self.keep_last}"
+            raise OptionError(f"{kept} are more tokens than topk={self.topk} selects")
+        if self.dense_layers and isinstance(self.share, str) and self.share != "off":
+            raise OptionError(
+                "'dense_layers' and a schedule in 'share' contradict each other; give one of them"
+            )
 
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        names = ("share", "reclaim", "strict", "mode", "autotune")
+        names = ("topk", "share", *_DENSE, "reclaim", "strict", "mode", "autotune")
         ours = ";".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"{ours};inductor={inductor}"
+
+
+def _is_count(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _share_problem(share: object) -> str:

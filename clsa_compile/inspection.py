@@ -238,6 +238,14 @@ def _kin(site: SitePlan) -> tuple[Any, ...]:
 
 
 def _schedule(plan: Plan) -> list[str]:
+    if plan.pools:
+        layers = {site.ordinal: str(site.layer) for site in plan.sites}
+        members = ", ".join(layers[m] for pool in plan.pools for m in pool.members)
+        tokens = " or ".join(sorted({str(pool.topk) for pool in plan.pools}))
+        return [
+            f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence instead of "
+            "all. This changes results; `clsa_compile.evaluate` says by how much"
+        ]
     if not plan.shares:
         return []
     layers = {site.ordinal: str(site.layer) for site in plan.sites}
@@ -259,6 +267,9 @@ def _describe(group: Group, plan: Plan) -> str:
     members = ", ".join(str(layers[m]) for m in group.members)
     if group.kind == "kv":
         return f"layers {members} read the same keys and values"
+    if group.kind == "mass":
+        subject = f"layers {members} attend" if len(group.members) > 1 else f"layer {members} attends"
+        return f"{subject} to the {group.topk} tokens that layer {layers[group.anchor]} looked at most"
     if len(group.members) == 1:
         return f"layer {members} has an index of its own"
     return f"layers {members} share the index of layer {layers[group.anchor]}"

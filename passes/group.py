@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from torch.fx import Node
 
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Group, Plan, SitePlan
+from clsa_compile.ir.routing import Pool, Request
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
 from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
+from clsa_compile.passes.route import routed, shareable
 
 # From the layer whose index each layer reads in the model to the one whose index it shall read; positions
 # among the layers that can share.
 Sharing = Callable[[Sequence[int]], Sequence[int]]
 
 
-def plan(sites: Sites, sharing: Sharing | None = None) -> Plan:
-    """Returns the decisions for one graph, in execution order. Nothing is changed yet."""
+def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
+    """Returns the decisions for one graph, in execution order. Nothing is changed yet.
+
+    `sharing` is for layers with indexers, `request` for dense ones.
+    """
     able = [site for site in sites.attention if site.indexer is not None]
     owners = _owners(able)
     wanted = owners if sharing is None else sharing(owners)
@@ -31,13 +37,22 @@ def plan(sites: Sites, sharing: Sharing | None = None) -> Plan:
     # Layers of one selection stay together.
     kept = {owners[i] for i, site in enumerate(able) if site.ordinal in refused}
     read = [owner if owner in kept else anchor for owner, anchor in zip(owners, wanted, strict=True)]
-    entries = [_entry(s, refused.get(s.ordinal, "")) for s in sites.attention]
+    pools, dense = routed(sites.attention, request) if request is not None else ((), {})
+    entries = [_entry(s, refused.get(s.ordinal, "") or dense.get(s.ordinal, "")) for s in sites.attention]
     entries += [_left(r) for r in sites.rejects]
+    members = {m: pool.topk for pool in pools for m in pool.members}
+    chosen = [
+        replace(e, action="sparse", topk=members[e.ordinal]) if e.ordinal in members else e for e in entries
+    ]
+    schedule = "".join("F" if anchor == i else "S" for i, anchor in enumerate(read))
+    if request is not None:
+        schedule = "".join("S" if s.ordinal in members else "F" for s in shareable(sites.attention))
     return Plan(
-        tuple(sorted(entries, key=lambda e: e.ordinal)),
-        (*_index_groups(able, read), *_kv_groups(sites.attention)),
-        "".join("F" if anchor == i else "S" for i, anchor in enumerate(read)),
+        tuple(sorted(chosen, key=lambda e: e.ordinal)),
+        (*_index_groups(able, read), *_kv_groups(sites.attention), *map(_mass_group, pools)),
+        schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
+        pools=pools,
     )
 
 
@@ -120,6 +135,10 @@ def _index_groups(able: Sequence[AttentionSite], read: Sequence[int]) -> list[Gr
         Group("index", able[i].ordinal, tuple(m), _indexer(able[i]).topk, _indexer(able[i]).score.text)
         for i, m in members.items()
     ]
+
+
+def _mass_group(pool: Pool) -> Group:
+    return Group("mass", pool.anchor, pool.members, pool.topk)
 
 
 def _kv_groups(sites: Iterable[AttentionSite]) -> list[Group]:

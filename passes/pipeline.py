@@ -15,6 +15,7 @@ from torch.fx import Node
 from clsa_compile.errors import ClsaError, PassError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Request
 from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.variants import Variant
 from clsa_compile.passes.canonicalize import canonicalize
@@ -39,14 +40,20 @@ class Decision:
     reclaimed: tuple[Node, ...] = ()
 
 
-def decide(captured: Captured, sharing: Sharing | None = None, *, reclaims: bool = False) -> Decision:
+def decide(
+    captured: Captured,
+    sharing: Sharing | None = None,
+    *,
+    reclaims: bool = False,
+    request: Request | None = None,
+) -> Decision:
     """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
     with _named("canonicalize"):
         canonicalize(captured)
     with _named("match"):
         sites = match(captured, FAMILIES)
     with _named("plan"):
-        decided = plan(sites, sharing)
+        decided = plan(sites, sharing, request)
         writes = reclaimable(captured, sites, decided) if reclaims else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         return Decision(sites, replace(decided, invalid=tuple(writes)), every)

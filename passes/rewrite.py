@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import clsa_compile.ir.ops  # noqa: F401 (registers the contract ops)
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Pool
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Sites
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.patterns.indexer import canonical
@@ -25,7 +27,7 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
     actions = {entry.ordinal: entry.action for entry in plan.sites}
     indexers = {site.ordinal: site.indexer for site in sites.attention}
     read = {m: indexers[g.anchor] for g in plan.groups if g.kind == "index" for m in g.members}
-    rewriter = _Rewriter(captured)
+    rewriter = _Rewriter(captured, plan.pools)
     for site in sites.attention:
         if actions[site.ordinal] != "left":
             rewriter.replace(site, read.get(site.ordinal))
@@ -35,13 +37,16 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
 
 
 class _Rewriter:
-    """What several sites share: one index node a selection, one bounds node a mask."""
+    """What several sites share: one index node a selection, one bounds node a mask, the mass of anchors."""
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, pools: tuple[Pool, ...] = ()) -> None:
         self._captured = captured
         self._indices: dict[Node, Node] = {}
         self._bounds: dict[Any, Node] = {}
         self._replaced: dict[Node, Node] = {}
+        self._pools = pools
+        self._mass: dict[int, list[Node]] = {i: [] for i in range(len(pools))}
+        self._chosen: dict[int, tuple[Node, MaskSpec]] = {}
 
     def replace(self, site: AttentionSite, indexer: IndexerSite | None) -> None:
         """Puts a contract op where the site's output was computed; `indexer` selects what it attends to."""
@@ -49,23 +54,92 @@ class _Rewriter:
         indices = None if indexer is None else self._index(indexer)
         with self._captured.graph.inserting_before(site.out):
             q, k, v = (emit.operand(o) for o in (site.q, site.k, site.v))
-            mask = _needed_mask(site, indexer)
-            tail = (
-                *self._mask(emit, mask, q, k),
-                None if site.sinks is None else emit.operand(site.sinks),
-                site.scale,
-                site.softcap,
-                print_predicate(mask.predicate),
-            )
-            if indices is None:
-                both = emit.call(torch.ops.clsa.attention.default, q, k, v, *tail)
+            sinks = None if site.sinks is None else emit.operand(site.sinks)
+
+            def tail(mask: MaskSpec) -> tuple[Any, ...]:
+                text = print_predicate(mask.predicate)
+                return *self._mask(emit, mask, q, k), sinks, site.scale, site.softcap, text
+
+            result = self._anchored(emit, site, (q, k, v), tail)
+            mask = MaskSpec() if indexer is None else indexer.mask
+            if (pool := self._pool_of(site)) is not None:
+                indices, mask = self._sets(emit, site, pool)
+            if indices is not None:
+                needed = tail(_needed_mask(site, mask))
+                result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *needed)
+            elif result is None:
+                both = emit.call(torch.ops.clsa.attention.default, q, k, v, *tail(site.mask))
                 result = emit.call(operator.getitem, both, 0)
-            else:
-                result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *tail)
             result = emit.like(_arrange(emit, result, site.out_roles), site.out)
         site.out.replace_all_uses_with(result)
         self._replaced[site.out] = result
         self._captured.graph.erase_node(site.out)
+
+    def _pool_of(self, site: AttentionSite) -> int | None:
+        return next((i for i, pool in enumerate(self._pools) if site.ordinal in pool.members), None)
+
+    def _anchored(
+        self, emit: Emitter, site: AttentionSite, qkv: tuple[Node, Node, Node], tail: Callable[..., Any]
+    ) -> Node | None:
+        """Adds an anchor's dense attention, and the selections that are made after it; returns its output."""
+        fed = [i for i, pool in enumerate(self._pools) if site.ordinal in pool.sources]
+        result = None
+        rest = tail(site.mask)
+        if fed:
+            weight = [row for i in fed for row in self._pools[i].sources[site.ordinal]]
+            both = emit.call(
+                torch.ops.clsa.attention_mass.default,
+                *qkv,
+                self._constant(emit, weight, qkv[0]),
+                *rest,
+                self._pools[fed[0]].power,
+            )
+            result, mass = (emit.call(operator.getitem, both, i) for i in (0, 1))
+            start = 0
+            for i in fed:
+                end = start + self._pools[i].sets
+                whole = end - start == len(weight)
+                part = mass if whole else emit.call(aten.slice.Tensor, mass, 1, start, end)
+                self._mass[i].append(part)
+                start = end
+        for i, pool in enumerate(self._pools):
+            if pool.anchor == site.ordinal:
+                self._select(emit, i, rest[1], site.mask)
+        return result
+
+    def _select(self, emit: Emitter, i: int, bounds: Node | None, mask: MaskSpec) -> None:
+        pool = self._pools[i]
+        total, *others = self._mass[i]
+        for other in others:
+            total = emit.call(aten.add.Tensor, total, other)
+        indices = emit.call(
+            torch.ops.clsa.select_topk.default, total, bounds, pool.topk, pool.keep_first, pool.keep_last
+        )
+        self._chosen[i] = indices, mask
+
+    def _sets(self, emit: Emitter, site: AttentionSite, i: int) -> tuple[Node, MaskSpec]:
+        """Returns the indices [B, 1|Hkv, S, K] that a member attends to, and the mask they were chosen under."""
+        indices, mask = self._chosen[i]
+        sets = self._pools[i].sets
+        rows = self._pools[i].rows.get(site.ordinal, (0,) * site.kv_heads)
+        if rows == tuple(range(sets)):
+            return indices, mask
+        if len(set(rows)) == 1:
+            return emit.call(
+                aten.slice.Tensor, indices, 1, rows[0], rows[0] + 1
+            ) if sets > 1 else indices, mask
+        heads = [emit.call(aten.slice.Tensor, indices, 1, row, row + 1) for row in rows]
+        return emit.call(aten.cat.default, heads, 1), mask
+
+    def _constant(self, emit: Emitter, rows: list[tuple[float, ...]], like: Node) -> Node:
+        """Adds a table of numbers as a buffer of the graph's module."""
+        module = self._captured.module
+        name = f"clsa_weight_{sum(1 for _ in module.buffers(recurse=False))}"
+        table = torch.tensor(rows, dtype=torch.float32, device=like.meta["val"].device)
+        module.register_buffer(name, table)
+        node = self._captured.graph.get_attr(name)
+        node.meta["val"] = self._captured.fake_mode.from_tensor(table, static_shapes=True)
+        return node
 
     def _index(self, indexer: IndexerSite) -> Node:
         if indexer.topk_node not in self._indices:
@@ -128,9 +202,9 @@ def _reads_heads(mask: MaskSpec) -> bool:
     return per_head or any(str(s) == "h" for s in getattr(mask.predicate, "free_symbols", ()))
 
 
-def _needed_mask(site: AttentionSite, indexer: IndexerSite | None) -> MaskSpec:
-    """Returns what attention must check by itself: nothing where the index was chosen under that mask."""
-    if indexer is None or canonical(site.mask) != canonical(indexer.mask):
+def _needed_mask(site: AttentionSite, chosen: MaskSpec) -> MaskSpec:
+    """Returns what attention must check by itself: nothing where its tokens were chosen under that mask."""
+    if canonical(site.mask) != canonical(chosen) or _reads_heads(site.mask):
         return site.mask
     tensor = site.mask.tensor
     if tensor is not None and tensor.root.meta["val"].dtype != torch.bool:

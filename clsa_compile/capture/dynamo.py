@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch._dynamo.exc import Unsupported as GraphBreak
+from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -148,3 +149,15 @@ def _spelled(emit: Emitter, value: torch.Tensor) -> Node:
         return stacked
     # A tensor of its own, not a view: what follows may write it.
     return emit.call(aten.clone.default, emit.call(aten.view.default, stacked, list(value.shape)))
+
+
+def name_buffers(module: GraphModule) -> None:
+    """Gives the buffers that passes added a source: AOTAutograd wants one for each, as Dynamo's own have.
+
+    A graph that is not Dynamo's has no sources, and needs none.
+    """
+    known = getattr(module, "_param_name_to_source", None)
+    if known is None:
+        return
+    added = {name: LocalSource(name) for name, _ in module.named_buffers() if name not in known}
+    module._param_name_to_source = {**known, **added}

@@ -48,6 +48,14 @@ _LIBRARY.define(
     " Tensor? pages=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
+    "attention_mass(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor? mask, Tensor? bounds,"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate, float power)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "select_topk(Tensor mass, Tensor? bounds, SymInt topk, int keep_first, int keep_last) -> Tensor"
+)
+_LIBRARY.define(
     "mask_bounds(Tensor like, Tensor? mask, Tensor[] mask_inputs, SymInt heads, SymInt keys, str predicate)"
     " -> Tensor"
 )
@@ -134,6 +142,21 @@ def attention_reference(
     """
     check_pages(q, k, v, pages)
     k, v = gathered(k, pages), gathered(v, pages)
+    scores = _masked_scores(q, k, mask, mask_inputs, scale, softcap, predicate)
+    probabilities, lse = _softmax(scores, sinks)
+    return _weighted_values(probabilities, v), lse
+
+
+def _masked_scores(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    scale: float,
+    softcap: float,
+    predicate: str,
+) -> Tensor:
+    """Returns fp32 scores [B, H, S, T], -inf where a key may not be read."""
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     scores = _grouped_scores(q, k, scale, softcap)
     valid, bias = attend_mask(mask, mask_inputs, predicate, sizes, q.device)
@@ -141,8 +164,65 @@ def attention_reference(
         scores = scores + bias.to(scores.dtype)
     if valid is not None:
         scores = torch.where(valid, scores, -math.inf)
-    probabilities, lse = _softmax(scores, sinks)
-    return _weighted_values(probabilities, v), lse
+    return scores
+
+
+def attention_mass_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    predicate: str,
+    power: float,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention that also says what it looked at: out [B, H, S, Dv], mass fp32 [B, N, S, T].
+
+    mass[n] is the sum over heads of weight [N, H] times the probability after the softmax, raised to `power`;
+    a sink takes its share of the softmax. It is -inf where no head may read a key. The rest is as in
+    `attention_reference`.
+    """
+    scores = _masked_scores(q, k, mask, mask_inputs, scale, softcap, predicate)
+    probabilities, _ = _softmax(scores, sinks)
+    seen = probabilities if power == 1 else probabilities**power
+    mass = torch.einsum("nh,bhst->bnst", weight.to(scores.dtype), seen)
+    readable = (scores > -math.inf).any(1, keepdim=True)
+    return _weighted_values(probabilities, v), torch.where(readable, mass, -math.inf)
+
+
+def select_topk_reference(
+    mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int
+) -> Tensor:
+    """Returns int32 [B, N, S, topk]: the tokens of the largest mass [B, N, S, T], as `index_topk` orders them.
+
+    The `keep_first` positions from the first token that may be read on, and the `keep_last` up to the last
+    one, are always among them where they may be read. A token may be read where its mass is not -inf.
+    `bounds` is not needed here.
+    """
+    return _best(keep_ends(mass, None, keep_first, keep_last), topk)
+
+
+def keep_ends(mass: Tensor, bounds: Tensor | None, keep_first: int, keep_last: int) -> Tensor:
+    """Returns mass [B, N, S, T] with +inf at the tokens that are always selected.
+
+    `bounds` int32 [B, S, 2] says where tokens begin and end; without it that is seen from the mass.
+    """
+    if not keep_first and not keep_last:
+        return mass
+    positions = torch.arange(mass.shape[-1], device=mass.device)
+    readable = mass > -math.inf
+    if bounds is None:
+        start = torch.where(readable, positions, mass.shape[-1]).amin(-1, keepdim=True)
+        end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
+    else:
+        start, end = (bounds[:, None, :, i, None] for i in (0, 1))
+    kept = (positions < start + keep_first) | (positions >= end - keep_last)
+    return torch.where(kept & readable, math.inf, mass)
 
 
 def selected(indices: Tensor, keys: int) -> Tensor:
@@ -275,6 +355,11 @@ def index_topk_reference(
     scores = index_scores_reference(
         q, k, weight, lse, mask, mask_inputs, scale, parse_score(score), predicate, per_kv_head
     )
+    return _best(scores, topk)
+
+
+def _best(scores: Tensor, topk: int) -> Tensor:
+    """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where there are too few."""
     keys = scores.shape[-1]
     missing = topk - keys
     if isinstance(missing, int) and missing > 0:
@@ -365,18 +450,33 @@ def _index_topk_fake(
     return q.new_empty((q.shape[0], heads, q.shape[2], topk), dtype=torch.int32)
 
 
+def _attention_mass_fake(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    sizes = (q.shape[0], weight.shape[0], q.shape[2], k.shape[2])
+    return _attention_fake(q, k, v)[0], q.new_empty(sizes, dtype=torch.float32)
+
+
+def _select_topk_fake(mass: Tensor, bounds: Tensor | None, topk: int, *rest: Any) -> Tensor:
+    return mass.new_empty((*mass.shape[:3], topk), dtype=torch.int32)
+
+
 def _mask_bounds_fake(like: Tensor, *rest: Any) -> Tensor:
     return like.new_empty((like.shape[0], like.shape[2], 2), dtype=torch.int32)
 
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention_reference,
+    "attention_mass": attention_mass_reference,
+    "select_topk": select_topk_reference,
     "sparse_attention": sparse_attention_reference,
     "index_topk": index_topk_reference,
     "mask_bounds": mask_bounds_reference,
 }
 _FAKES: dict[str, Callable[..., Any]] = {
     "attention": _attention_fake,
+    "attention_mass": _attention_mass_fake,
+    "select_topk": _select_topk_fake,
     "sparse_attention": _sparse_attention_fake,
     "index_topk": _index_topk_fake,
     "mask_bounds": _mask_bounds_fake,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from clsa_compile.ir.routing import Pool
+
 Action = Literal["sparse", "attention", "left"]
 
 
@@ -34,12 +36,13 @@ class SitePlan:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers that share something: one index ("index"), or one pair of K and V ("kv").
+    """Layers that share something.
 
-    `anchor` and `members` are ordinals; the anchor is the first member.
+    One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
+    ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
     """
 
-    kind: Literal["index", "kv"]
+    kind: Literal["index", "kv", "mass"]
     anchor: int
     members: tuple[int, ...]
     topk: int = 0
@@ -53,7 +56,8 @@ class Plan:
     `schedule` has a letter for each layer that attends to selected tokens: F where it runs its indexer, S
     where it reads an earlier index. `shares` are the ordinals of the layers that have an indexer and read
     another one's index, which changes results. `invalid` are those among them whose index keys are no longer
-    written.
+    written. `pools` are the selections made from the attention mass of dense layers, which change results too;
+    the schedule then has a letter for each dense layer that may share: F where it attends to all tokens.
     """
 
     sites: tuple[SitePlan, ...]
@@ -61,6 +65,7 @@ class Plan:
     schedule: str = ""
     shares: tuple[int, ...] = ()
     invalid: tuple[int, ...] = ()
+    pools: tuple[Pool, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
@@ -70,6 +75,7 @@ class Plan:
             "schedule": self.schedule,
             "shares": list(self.shares),
             "invalid": list(self.invalid),
+            "pools": [pool.to_dict() for pool in self.pools],
         }
 
     @classmethod
@@ -81,6 +87,7 @@ class Plan:
             data.get("schedule", ""),
             tuple(data.get("shares", ())),
             tuple(data.get("invalid", ())),
+            tuple(Pool.from_dict(p) for p in data.get("pools", ())),
         )
 
     def count(self, action: Action) -> int:

@@ -45,6 +45,12 @@ class Facts:
         if op == "mask_bounds":
             like = values["like"]
             return cls(op, like.device.type, like.dtype, None, 0, 0, None, None, 0, 0, 0, *[False] * 4)
+        if op == "select_topk":
+            mass = values["mass"]
+            b, sets, s, t = map(_static, mass.shape)
+            topk = _static(values["topk"]) or 0
+            flags = [False] * 4
+            return cls(op, mass.device.type, mass.dtype, b, sets or 0, sets or 0, s, t, 0, 0, topk, *flags)
         q, k, mask, pages = values["q"], values["k"], values["mask"], values.get("pages")
         check_pages(q, k, values.get("v"), pages)
         topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)

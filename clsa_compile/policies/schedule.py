@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from clsa_compile.errors import OptionError
 
-__all__ = ["anchors", "hugging_face", "roles"]
+__all__ = ["anchors", "hugging_face", "roles", "shown"]
 
 MOST_SHOWN = 100
 
@@ -41,13 +41,13 @@ def roles(share: int | str, owners: Sequence[int]) -> str:
         return "".join("F" if mine and i % share == 0 else "S" for i, mine in enumerate(own))
     if len(share) != len(own):
         raise OptionError(
-            f"the schedule {_shown(share)!r} is for {len(share)} layers; "
+            f"the schedule {shown(share)!r} is for {len(share)} layers; "
             f"this graph has {len(own)} that can share an index"
         )
     without = [i for i, (role, mine) in enumerate(zip(share, own, strict=True)) if role == "F" and not mine]
     if without:
         raise OptionError(
-            f"the schedule {_shown(share)!r} has F at {', '.join(map(str, without))} (counted from 0), "
+            f"the schedule {shown(share)!r} has F at {', '.join(map(str, without))} (counted from 0), "
             "where the model has no indexer; accepted there: S"
         )
     return share
@@ -66,5 +66,6 @@ def anchors(share: int | str, owners: Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _shown(schedule: str) -> str:
+def shown(schedule: str) -> str:
+    """Returns a schedule for a message, cut where it is long."""
     return schedule if len(schedule) <= MOST_SHOWN else f"{schedule[:MOST_SHOWN]}..."

@@ -13,10 +13,12 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import clsa_compile.backend
+from clsa_compile.backend import decided
 from clsa_compile.capture.dynamo import capture
+from clsa_compile.config import Options
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
-from clsa_compile.passes.pipeline import carry_out, decide
+from clsa_compile.passes.pipeline import carry_out
 
 
 @dataclass
@@ -26,12 +28,11 @@ class Passes:
     plans: list[Plan] = field(default_factory=list)
     modules: list[GraphModule] = field(default_factory=list)
     rewritten: list[Counter[Any]] = field(default_factory=list)
-    sharing: Any = None
-    reclaims: bool = False
+    options: Options = field(default_factory=Options)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         captured = capture(gm)
-        decision = decide(captured, self.sharing, reclaims=self.reclaims)
+        decision = decided(captured, self.options)
         carry_out(captured, decision, (), lambda kernel: kernel, self._observe)
         self.plans.append(decision.plan)
         self.modules.append(captured.module)

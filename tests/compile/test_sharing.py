@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import clsa_compile
-from clsa_compile.backend import ClsaWarning, sharing
+from clsa_compile.backend import ClsaWarning
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError, StrictError
 from clsa_compile.testing import Transcript, cache_difference, generate_steps, largest_difference, tiny
@@ -47,7 +47,7 @@ def with_schedule(schedule: str) -> nn.Module:
 def test_sharing_is_what_the_same_schedule_is_in_the_model(
     share: int | str, schedule: str, cache: str, passes: Any
 ) -> None:
-    passes.sharing = sharing(Options.read({"share": share}))
+    passes.options = Options.read({"share": share})
     model = glm()
     expected = run(with_schedule(schedule), model.config, cache)
     ours = run(torch.compile(model, backend=passes), model.config, cache)
@@ -65,7 +65,7 @@ def test_sharing_is_what_the_same_schedule_is_in_the_model(
 
 def test_caches_stay_what_eager_makes_them(passes: Any) -> None:
     """The first layers of a run are exact; the index keys of all are written, for an eager step may come."""
-    passes.sharing = sharing(Options.read({"share": "FSSSS"}))
+    passes.options = Options.read({"share": "FSSSS"})
     model = glm()
     eager = run(model, model.config, "static")
     ours = run(torch.compile(model, backend=passes), model.config, "static")
@@ -83,7 +83,7 @@ def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 def test_reclaimed_key_caches_are_not_written(passes: Any) -> None:
-    passes.sharing, passes.reclaims = sharing(Options.read({"share": "FSSFS"})), True
+    passes.options = Options.read({"share": "FSSFS", "reclaim": True})
     model = glm()
     expected = run(with_schedule("FSSFS"), model.config, "static")
     ours = run(torch.compile(model, backend=passes), model.config, "static")
@@ -99,7 +99,7 @@ def test_reclaimed_key_caches_are_not_written(passes: Any) -> None:
 
 
 def test_growing_key_caches_stay(passes: Any) -> None:
-    passes.sharing, passes.reclaims = sharing(Options.read({"share": "FSSSS"})), True
+    passes.options = Options.read({"share": "FSSSS", "reclaim": True})
     model = glm()
     ours = run(torch.compile(model, backend=passes), model.config, "dynamic")
     assert all(plan.invalid == () for plan in passes.plans)
@@ -117,7 +117,7 @@ def test_the_report_names_what_is_no_longer_written() -> None:
 
 def test_a_schedule_of_the_model_is_kept(passes: Any) -> None:
     """Layers 1 and 4 have no indexers; the others follow `share`."""
-    passes.sharing = sharing(Options.read({"share": "FSFSS"}))
+    passes.options = Options.read({"share": "FSFSS"})
     model = with_schedule("FSFFS")
     expected = run(with_schedule("FSFSS"), model.config, "static")
     ours = run(torch.compile(model, backend=passes), model.config, "static")

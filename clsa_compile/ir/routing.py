@@ -1,0 +1,80 @@
+"""Routing: selections made from the attention mass of dense layers, and who attends to them.
+
+A dense layer (an anchor) can say, in the pass over its keys that it makes anyway, how much each of its heads
+looked at every token. A pool is a top-k of such mass, which later layers attend to instead of all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# One row of weights a set of tokens, one weight a head.
+Weights = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A dense attention that may share: `ordinal` counts a graph's attentions in order of execution."""
+
+    ordinal: int
+    heads: int
+    kv_heads: int
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """N sets of tokens a query, chosen right after layer `anchor` from the mass of `sources`.
+
+    topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members: the
+    layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that each kv
+    head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at both ends
+    that are always in a set. power: mass is the probability raised to it. Layers are ordinals.
+    """
+
+    anchor: int
+    topk: int
+    sources: Mapping[int, Weights]
+    members: tuple[int, ...]
+    rows: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    keep_first: int = 0
+    keep_last: int = 0
+    power: float = 1.0
+
+    @property
+    def sets(self) -> int:
+        """N, the number of sets of tokens a query."""
+        return len(next(iter(self.sources.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the pool as plain data, ready for JSON."""
+        return {
+            **asdict(self),
+            "sources": {str(layer): [list(row) for row in rows] for layer, rows in self.sources.items()},
+            "members": list(self.members),
+            "rows": {str(layer): list(sets) for layer, sets in self.rows.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Pool:
+        """Reads what `to_dict` wrote. Raises TypeError for unknown fields."""
+        changed = {
+            "sources": {int(layer): tuple(map(tuple, rows)) for layer, rows in data["sources"].items()},
+            "members": tuple(data["members"]),
+            "rows": {int(layer): tuple(sets) for layer, sets in data.get("rows", {}).items()},
+        }
+        return cls(**{**data, **changed})
+
+
+# The pools of a graph, from its layers that may share.
+Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked of dense layers: the pools, and whether prompts are to use them, not single steps only."""
+
+    route: Route
+    prompts: bool = False

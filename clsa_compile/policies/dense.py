@@ -1,0 +1,93 @@
+"""Who attends to whose tokens in a dense model, without a search: every layer, every n-th, or a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from clsa_compile.errors import OptionError
+from clsa_compile.ir.routing import Layer, Pool, Route, Weights
+from clsa_compile.policies.schedule import shown
+
+__all__ = ["Dense", "route"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """The options for dense layers; see `config.Options`."""
+
+    topk: int
+    share: int | str = "off"
+    scope: str = "layer"
+    dense_layers: int = 0
+    keep_first: int = 4
+    keep_last: int = 32
+
+
+def route(dense: Dense) -> Route:
+    """Returns the function that makes the pools of a graph from its layers that may share."""
+    return partial(_pools, dense)
+
+
+def _pools(dense: Dense, layers: Sequence[Layer]) -> tuple[Pool, ...]:
+    if dense.share == "off":
+        # Every layer after the dense ones attends to what it would have looked at most itself.
+        return tuple(_pool(dense, layer, (layer,)) for layer in layers[dense.dense_layers :])
+    groups: list[tuple[Layer, list[Layer]]] = []
+    for layer, role in zip(layers, roles(dense, len(layers)), strict=True):
+        if role == "F":
+            groups.append((layer, []))
+        else:
+            groups[-1][1].append(layer)
+    return tuple(_pool(dense, anchor, tuple(members)) for anchor, members in groups if members)
+
+
+def roles(dense: Dense, layers: int) -> str:
+    """Returns the schedule of a graph: F attends to all tokens, S to those that the last F chose.
+
+    Raises OptionError for a schedule of another length.
+    """
+    if isinstance(dense.share, int):
+        first = dense.dense_layers
+        return "".join("F" if i < first or (i - first) % dense.share == 0 else "S" for i in range(layers))
+    if layers and len(dense.share) != layers:
+        raise OptionError(
+            f"the schedule {shown(dense.share)!r} is for {len(dense.share)} layers; "
+            f"this graph has {layers} dense layers that can share"
+        )
+    return dense.share if layers else ""
+
+
+def _pool(dense: Dense, anchor: Layer, members: Sequence[Layer]) -> Pool:
+    per_head = dense.scope == "kv_head"
+    rows = {}
+    if per_head:
+        for member in members:
+            if member.kv_heads != anchor.kv_heads:
+                raise OptionError(
+                    f"scope='kv_head' needs as many kv heads in {member.path} ({member.kv_heads}) as in "
+                    f"{anchor.path} ({anchor.kv_heads}); use scope='layer', or a plan with a head map"
+                )
+            rows[member.ordinal] = tuple(range(member.kv_heads))
+    return Pool(
+        anchor=anchor.ordinal,
+        topk=dense.topk,
+        sources={anchor.ordinal: _by_kv_head(anchor) if per_head else _pooled(anchor)},
+        members=tuple(member.ordinal for member in members),
+        rows=rows,
+        keep_first=dense.keep_first,
+        keep_last=dense.keep_last,
+    )
+
+
+def _pooled(layer: Layer) -> Weights:
+    return ((1.0 / layer.heads,) * layer.heads,)
+
+
+def _by_kv_head(layer: Layer) -> Weights:
+    group = layer.heads // layer.kv_heads
+    return tuple(
+        tuple(1.0 / group if h // group == j else 0.0 for h in range(layer.heads))
+        for j in range(layer.kv_heads)
+    )

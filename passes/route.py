@@ -1,0 +1,100 @@
+"""Routes: which dense attentions of a graph attend to tokens that an earlier one chose, and why others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+from sympy.core.function import AppliedUndef
+
+from clsa_compile.ir.masks import B_, KV_, Q_, interval, slot_of
+from clsa_compile.ir.ops import DECODE_ROWS
+from clsa_compile.ir.routing import Layer, Pool, Request
+from clsa_compile.ir.sites import AttentionSite, Operand
+from clsa_compile.passes.indexing import same, sym
+from clsa_compile.passes.patterns.indexer import canonical
+
+PROMPT = "a prompt: stays dense"
+
+
+def shareable(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
+    """Returns the layers that attend densely to all tokens before them: not to a window, nor to a selection.
+
+    A cache that holds a window only is seen by its length: it is shorter than others.
+    """
+    able = [site for site in sites if not site.has_selection and not _is_window(site.mask.predicate)]
+    lengths = [_example(_size_of(site.k)) for site in able]
+    return [site for site, length in zip(able, lengths, strict=True) if length == max(lengths)]
+
+
+def _example(size: Any) -> int:
+    """Returns a size's example value; reading a hint adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def _is_window(condition: Any) -> bool:
+    """Tells whether the first key that may be read moves with the query: a window, or chunks.
+
+    Prefixes and packed sequences are no windows: all tokens of a sequence before the query may be read.
+    """
+    if isinstance(condition, sympy.And | sympy.Or):
+        return any(map(_is_window, condition.args))
+    ends = interval(condition)
+    if ends is None:
+        loads = [e for e in condition.atoms(AppliedUndef) if slot_of(e.func.__name__) is not None]
+        direct = condition.xreplace({load: sympy.Dummy() for load in loads})
+        return bool(direct.has(KV_) and direct.has(Q_))
+    # One query's position may be read from a tensor without the index q; what a sequence has is read by b.
+    loads = [load for low in ends[0] for load in low.atoms(AppliedUndef)]
+    return any(low.has(Q_) for low in ends[0]) or any(not load.has(B_) for load in loads)
+
+
+def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool, ...], dict[int, str]]:
+    """Returns the pools of a graph, in order of their anchors, and why other members stay dense."""
+    able = shareable(sites)
+    layers = [Layer(site.ordinal, site.heads, site.kv_heads, site.path) for site in able]
+    asked = request.route(layers)
+    by_ordinal = {site.ordinal: site for site in able}
+    kept: dict[int, str] = {}
+    pools = []
+    for pool in asked:
+        anchor = by_ordinal[pool.anchor]
+        reasons = {m: _stays_dense(by_ordinal[m], anchor, pool, request.prompts) for m in pool.members}
+        kept.update({m: why for m, why in reasons.items() if why})
+        members = tuple(m for m in pool.members if not reasons[m])
+        sources = {s: w for s, w in pool.sources.items() if not _differs(by_ordinal[s], anchor)}
+        if members and sources:
+            pools.append(replace(pool, members=members, sources=sources))
+    return tuple(sorted(pools, key=lambda pool: pool.anchor)), kept
+
+
+def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, prompts: bool) -> str:
+    """Returns why a layer cannot attend to what an anchor chose, or ""."""
+    queries, keys = _size(site, "q"), _size(site, "k")
+    if not prompts and not (queries.is_Integer and queries <= DECODE_ROWS):
+        return PROMPT
+    if keys.is_Integer and keys <= pool.topk:
+        return f"stays dense: it has {keys} keys, and {pool.topk} would be selected"
+    if why := _differs(site, anchor):
+        return f"stays dense: {why} than {anchor.path}"
+    return ""
+
+
+def _differs(site: AttentionSite, anchor: AttentionSite) -> str:
+    """Returns what keeps the positions of two layers from meaning the same tokens, or ""."""
+    if canonical(site.mask) != canonical(anchor.mask):
+        return "it has another mask"
+    if not same(_size(site, "q"), _size(anchor, "q")):
+        return "it has other queries"
+    return "" if same(_size(site, "k"), _size(anchor, "k")) else "it has other keys"
+
+
+def _size(site: AttentionSite, name: str) -> Any:
+    return sym(_size_of(getattr(site, name)))
+
+
+def _size_of(operand: Operand) -> Any:
+    axis = operand.dims[2]
+    return 1 if axis is None else operand.root.meta["val"].shape[axis]

@@ -1,0 +1,238 @@
+"""`topk` on dense models, against an attention written for Hugging Face's own interface, token by token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import clsa_compile
+from clsa_compile.backend import ClsaWarning
+from clsa_compile.config import Options
+from clsa_compile.errors import OptionError
+from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
+
+LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 20, 6, 48, 1e-4
+TOPK = {"topk": 8, "keep_first": 2, "keep_last": 3}
+
+
+def llama(**changes: Any) -> nn.Module:
+    return tiny("llama", num_hidden_layers=LAYERS, **changes)
+
+
+def run(model: Any, config: Any, cache: str) -> Transcript:
+    return generate_steps(
+        model, config, cache=cache, steps=STEPS, prompt=PROMPT, padding=3, batch=2, length=LENGTH
+    )
+
+
+class Oracle:
+    """Attention as Hugging Face calls it, with a schedule: loops over sequences, queries and kv heads."""
+
+    name = "clsa_oracle"
+
+    def __init__(self, schedule: str, prompts: bool, scope: str = "layer", own: bool = False) -> None:
+        self.schedule, self.prompts, self.scope, self.own = schedule, prompts, scope, own
+        self.chosen: dict[tuple[int, int, int], list[int]] = {}
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        b, h, s, d = q.shape
+        group = h // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        scores = (q @ k.mT) * kwargs["scaling"]
+        allowed = mask if mask is not None else torch.ones(b, 1, s, k.shape[2]).tril(k.shape[2] - s).bool()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        shared = self.prompts or s == 1
+        role = self.schedule[module.layer_idx]
+        if role == "F" or self.own:
+            self._choose(scores.softmax(-1).nan_to_num(), allowed, group)
+        if shared and (role == "S" or self.own):
+            scores = scores + self._bias(scores, group)
+        out = scores.softmax(-1).nan_to_num() @ v
+        return out.transpose(1, 2), None
+
+    def _choose(self, mass: Tensor, allowed: Tensor, group: int) -> None:
+        self.chosen = {}
+        b, h, s, _ = mass.shape
+        for i in range(b):
+            for row in range(s):
+                readable = torch.nonzero(allowed[i, 0, row]).flatten().tolist()
+                for head in range(h):
+                    heads = slice(head // group * group, (head // group + 1) * group)
+                    pooled = mass[i, heads if self.scope == "kv_head" else slice(None), row].sum(0)
+                    ends = [*readable[:2], *readable[-3:]]
+                    ranked = sorted(readable, key=lambda t: (t not in ends, -float(pooled[t]), t))
+                    self.chosen[i, head, row] = ranked[: TOPK["topk"]]
+
+    def _bias(self, scores: Tensor, group: int) -> Tensor:
+        bias = torch.full_like(scores, -torch.inf)
+        for (i, head, row), tokens in self.chosen.items():
+            bias[i, head, row, tokens] = 0.0
+        return bias
+
+
+@pytest.fixture
+def oracle() -> Iterator[Any]:
+    def make(model: nn.Module, cache: str, *args: Any, **kwargs: Any) -> Transcript:
+        made = Oracle(*args, **kwargs)
+        ALL_ATTENTION_FUNCTIONS.register(Oracle.name, made)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(Oracle.name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        twin = type(model)(model.config)
+        twin.load_state_dict(model.state_dict())
+        twin.eval().set_attn_implementation(Oracle.name)
+        try:
+            return run(twin, model.config, cache)
+        finally:
+            model.set_attn_implementation("sdpa")
+
+    yield make
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic", "none"])
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize(("share", "schedule"), [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS")])
+def test_layers_attend_to_what_their_anchor_looked_at(
+    share: Any, schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
+) -> None:
+    passes.options = Options.read({**TOPK, "share": share, "prefill": prefill})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    expected = oracle(model, cache, schedule, prefill == "sparse")
+    assert largest_difference(expected, ours) < TOLERANCE
+    dense = run(model, model.config, cache)
+    if cache != "none" or prefill == "sparse":
+        assert largest_difference(dense, ours) > TOLERANCE
+    sparse = [plan for plan in passes.plans if plan.pools]
+    assert len(sparse) == len(passes.plans) if prefill == "sparse" else len(sparse) <= len(passes.plans)
+    for plan in sparse:
+        assert plan.schedule == schedule
+        assert plan.count("sparse") == schedule.count("S")
+
+
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("share", ["off", 3])
+def test_a_set_for_all_heads_or_one_a_kv_head(
+    share: Any, scope: str, prefill: str, passes: Any, oracle: Any
+) -> None:
+    passes.options = Options.read({**TOPK, "share": share, "scope": scope, "prefill": prefill})
+    model = llama(num_attention_heads=4, num_key_value_heads=2)
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    expected = oracle(model, "static", "FSSFS", prefill == "sparse", scope, own=share == "off")
+    assert largest_difference(expected, ours) < TOLERANCE
+
+
+def test_more_tokens_than_keys_is_dense(passes: Any) -> None:
+    passes.options = Options.read({"topk": LENGTH, "share": 2, "prefill": "sparse"})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(run(model, model.config, "static"), ours) < TOLERANCE
+    assert all("48 keys, and 48 would be selected" in reason for reason in passes.reasons)
+    assert not any(plan.pools for plan in passes.plans)
+
+
+def test_while_tokens_are_fewer_than_selected_it_is_exact(passes: Any) -> None:
+    passes.options = Options.read({"topk": LENGTH - 1, "share": 2, "prefill": "sparse"})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(run(model, model.config, "static"), ours) < TOLERANCE
+    assert all(plan.pools for plan in passes.plans)
+
+
+def test_prompts_stay_dense_and_say_so(passes: Any) -> None:
+    passes.options = Options.read({**TOPK, "share": 2})
+    model = llama()
+    run(torch.compile(model, backend=passes), model.config, "none")
+    assert passes.reasons == ["a prompt: stays dense"] * 2
+
+
+def test_window_layers_are_not_counted(passes: Any) -> None:
+    passes.options = Options.read({**TOPK, "share": "FS", "prefill": "sparse"})
+    model = tiny("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
+    run(torch.compile(model, backend=passes), model.config, "static")
+    for plan in passes.plans:
+        assert plan.schedule == "FS"
+        assert [site.action for site in plan.sites] == ["attention", "attention", "attention", "sparse"]
+
+
+def test_layers_that_share_keys_share_tokens(passes: Any) -> None:
+    """gemma3n: the last layers read the keys and values of an earlier one."""
+    passes.options = Options.read({**TOPK, "share": 2, "prefill": "sparse"})
+    model = tiny("gemma3n_text")
+    run(torch.compile(model, backend=passes), model.config, "static")
+    assert all(plan.schedule == "F" * len(plan.schedule) or plan.pools for plan in passes.plans)
+
+
+def test_the_option_works_through_torch_compile() -> None:
+    model = llama()
+    ids = torch.randint(1, 60, (1, PROMPT))
+    options = {**TOPK, "share": 4, "prefill": "sparse"}
+    with torch.no_grad():
+        got = torch.compile(model, backend="clsa", options=options)(input_ids=ids, use_cache=False).logits
+        dense = model(input_ids=ids, use_cache=False).logits
+    assert counters["clsa"]["sparse_attention"] == 3
+    assert got.shape == dense.shape
+    assert 1e-4 < (got - dense).abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 0}, "topk"),
+        ({"topk": 4097}, "1 to 4096"),
+        ({"topk": 8.0}, "topk"),
+        ({"topk": 64, "share": "SFF"}, "before the first F"),
+        ({"topk": 64, "scope": "head"}, "'layer' or 'kv_head'"),
+        ({"topk": 64, "prefill": True}, "'dense' or 'sparse'"),
+        ({"topk": 64, "keep_last": -1}, "a number from 0"),
+        ({"topk": 16}, "keep_first=4 and keep_last=32 are more tokens than topk=16"),
+        ({"topk": 64, "dense_layers": 2, "share": "FS"}, "contradict"),
+        ({"keep_first": 4}, "'keep_first' is for dense layers, and needs 'topk'"),
+        ({"prefill": "sparse"}, "needs 'topk'"),
+    ],
+)
+def test_options_that_cannot_be_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        Options.read(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": "FSS"}, "'FSS' is for 3 layers; this graph has 5 dense layers that can share"),
+        ({"share": "FSSSSS"}, "is for 6 layers; this graph has 5 dense layers"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_errors(options: dict[str, Any], message: str) -> None:
+    ids = torch.ones(1, 16, dtype=torch.long)
+    with pytest.raises((OptionError, BackendCompilerFailed), match=message):
+        clsa_compile.inspect(llama(), input_ids=ids, use_cache=False, options={**TOPK, **options})
+
+
+def test_models_that_select_by_themselves_keep_their_number() -> None:
+    ids = torch.ones(1, 16, dtype=torch.long)
+    with pytest.raises((OptionError, BackendCompilerFailed), match="this model selects tokens by itself"):
+        clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options=TOPK)
+
+
+def test_a_model_without_attention_is_told() -> None:
+    model = torch.compile(nn.Linear(4, 4), backend="clsa", options=TOPK)
+    with torch.no_grad(), pytest.warns(ClsaWarning, match="topk=8 changes nothing"):
+        model(torch.ones(2, 4))
+
+
+def test_the_report_says_who_attends_to_whose_tokens() -> None:
+    ids = torch.ones(1, PROMPT, dtype=torch.long)
+    options = {**TOPK, "share": 4, "prefill": "sparse"}
+    text = str(clsa_compile.inspect(llama(), input_ids=ids, use_cache=False, options=options))
+    assert "schedule FSSSF: layers 1, 2, 3 attend to 8 tokens of each sequence instead of all" in text
+    assert "This changes results" in text
+    assert "layers 1, 2, 3 attend to the 8 tokens that layer 0 looked at most" in text
