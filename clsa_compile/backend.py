@@ -121,8 +121,8 @@ def decided(captured: Captured, options: Options) -> Decision:
     decision = decide(captured, shared, reclaims=options.reclaim, request=request)
     if request is not None and any(site.has_selection for site in decision.sites.attention):
         raise OptionError(
-            f"topk={options.topk} is for dense layers, and this model selects tokens by itself: its own number "
-            "stands; leave 'topk' out"
+            f"topk={options.topk} is for dense layers, and this model selects tokens by itself: "
+            "its own number stands; leave 'topk' out"
         )
     return decision
 

@@ -26,8 +26,8 @@ class Options:
 
     topk: dense layers attend to this many tokens, chosen by attention mass, 1 to 4096. Changes results.
     share: "off", a number n (every n-th layer runs its indexer, the others read its index), or a schedule of
-        the letters F and S. Changes results. On dense layers, with `topk`: F attends to all tokens and chooses,
-        S attends to what the last F chose; "off" lets every layer choose for itself.
+        the letters F and S. Changes results. On dense layers, with `topk`: F attends to all tokens and
+        chooses, S attends to what the last F chose; "off" lets every layer choose for itself.
     scope: "layer" (one set of tokens for all heads) or "kv_head" (one a kv head).
     dense_layers: so many of the first layers stay dense, where `share` is no schedule.
     keep_first, keep_last: tokens at both ends of a sequence that are always selected.

@@ -243,8 +243,8 @@ def _schedule(plan: Plan) -> list[str]:
         members = ", ".join(layers[m] for pool in plan.pools for m in pool.members)
         tokens = " or ".join(sorted({str(pool.topk) for pool in plan.pools}))
         return [
-            f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence instead of "
-            "all. This changes results; `clsa_compile.evaluate` says by how much"
+            f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence "
+            "instead of all. This changes results; `clsa_compile.evaluate` says by how much"
         ]
     if not plan.shares:
         return []

@@ -118,7 +118,7 @@ class _Rewriter:
         self._chosen[i] = indices, mask
 
     def _sets(self, emit: Emitter, site: AttentionSite, i: int) -> tuple[Node, MaskSpec]:
-        """Returns the indices [B, 1|Hkv, S, K] that a member attends to, and the mask they were chosen under."""
+        """Returns the indices [B, 1|Hkv, S, K] that a member attends to, and the mask of their choice."""
         indices, mask = self._chosen[i]
         sets = self._pools[i].sets
         rows = self._pools[i].rows.get(site.ordinal, (0,) * site.kv_heads)

@@ -1,4 +1,4 @@
-"""Routes: which dense attentions of a graph attend to tokens that an earlier one chose, and why others do not."""
+"""Routes: which dense attentions attend to tokens that an earlier one chose, and why others do not."""
 
 from __future__ import annotations
 

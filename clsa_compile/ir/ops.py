@@ -198,7 +198,7 @@ def attention_mass_reference(
 def select_topk_reference(
     mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int
 ) -> Tensor:
-    """Returns int32 [B, N, S, topk]: the tokens of the largest mass [B, N, S, T], as `index_topk` orders them.
+    """Returns int32 [B, N, S, topk]: the tokens of largest mass [B, N, S, T], as `index_topk` orders them.
 
     The `keep_first` positions from the first token that may be read on, and the `keep_last` up to the last
     one, are always among them where they may be read. A token may be read where its mass is not -inf.
@@ -359,7 +359,7 @@ def index_topk_reference(
 
 
 def _best(scores: Tensor, topk: int) -> Tensor:
-    """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where there are too few."""
+    """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where they end."""
     keys = scores.shape[-1]
     missing = topk - keys
     if isinstance(missing, int) and missing > 0:

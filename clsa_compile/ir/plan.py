@@ -56,8 +56,8 @@ class Plan:
     `schedule` has a letter for each layer that attends to selected tokens: F where it runs its indexer, S
     where it reads an earlier index. `shares` are the ordinals of the layers that have an indexer and read
     another one's index, which changes results. `invalid` are those among them whose index keys are no longer
-    written. `pools` are the selections made from the attention mass of dense layers, which change results too;
-    the schedule then has a letter for each dense layer that may share: F where it attends to all tokens.
+    written. `pools` are the selections made from the attention mass of dense layers, which change results
+    too; the schedule then has a letter for each dense layer that may share: F where it attends to all tokens.
     """
 
     sites: tuple[SitePlan, ...]

@@ -28,10 +28,10 @@ class Layer:
 class Pool:
     """N sets of tokens a query, chosen right after layer `anchor` from the mass of `sources`.
 
-    topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members: the
-    layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that each kv
-    head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at both ends
-    that are always in a set. power: mass is the probability raised to it. Layers are ordinals.
+    topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members:
+    the layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that
+    each kv head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at
+    both ends that are always in a set. power: mass is the probability raised to it. Layers are ordinals.
     """
 
     anchor: int
@@ -74,7 +74,7 @@ Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked of dense layers: the pools, and whether prompts are to use them, not single steps only."""
+    """What was asked of dense layers: the pools, and whether prompts use them too, not single steps only."""
 
     route: Route
     prompts: bool = False

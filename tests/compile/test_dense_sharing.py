@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,11 +43,13 @@ class Oracle:
         self.chosen: dict[tuple[int, int, int], list[int]] = {}
 
     def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-        b, h, s, d = q.shape
+        h, s = q.shape[1:3]
         group = h // k.shape[1]
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         scores = (q @ k.mT) * kwargs["scaling"]
-        allowed = mask if mask is not None else torch.ones(b, 1, s, k.shape[2]).tril(k.shape[2] - s).bool()
+        allowed = (
+            mask if mask is not None else torch.ones(q.shape[0], 1, s, k.shape[2]).tril(k.shape[2] - s).bool()
+        )
         scores = scores.masked_fill(~allowed, -torch.inf)
         shared = self.prompts or s == 1
         role = self.schedule[module.layer_idx]
@@ -80,7 +81,7 @@ class Oracle:
 
 
 @pytest.fixture
-def oracle() -> Iterator[Any]:
+def oracle() -> Any:
     def make(model: nn.Module, cache: str, *args: Any, **kwargs: Any) -> Transcript:
         made = Oracle(*args, **kwargs)
         ALL_ATTENTION_FUNCTIONS.register(Oracle.name, made)
@@ -93,7 +94,7 @@ def oracle() -> Iterator[Any]:
         finally:
             model.set_attn_implementation("sdpa")
 
-    yield make
+    return make
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic", "none"])
