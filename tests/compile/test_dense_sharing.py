@@ -71,7 +71,7 @@ class Oracle:
                     pooled = mass[i, heads if self.scope == "kv_head" else slice(None), row].sum(0)
                     ends = [*readable[:2], *readable[-3:]]
                     ranked = sorted(readable, key=lambda t: (t not in ends, -float(pooled[t]), t))
-                    self.chosen[i, head, row] = ranked[: TOPK["topk"]]
+                    self.chosen[i, head, row] = sorted(readable, key=rank.__getitem__)[: TOPK["topk"]]
 
     def _bias(self, scores: Tensor, group: int) -> Tensor:
         bias = torch.full_like(scores, -torch.inf)
