@@ -16,10 +16,10 @@ from clsa_compile.kernels.cost import Sizes
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
     ASSUMED_KEYS,
+    Ending,
     Wrap,
     bounds_arguments,
     ceil_div,
-    combine,
     floor_power_of_two,
     heads_at_once,
     is_latent,
@@ -31,7 +31,6 @@ from clsa_compile.kernels.launch import (
     parts,
     power_of_two,
     query_rows,
-    split_scratch,
     static,
     strides,
     tile_plan,
@@ -118,36 +117,32 @@ def launch(
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], key_slots(k, pages), v.shape[3]
     splits, block_m, block_n, warps, stages = plan(q, k, v, pages)
-    direct = splits == 1
+    rows = h // hkv * s
+    blocks = b * hkv * ceil_div(rows, block_m)
     out = output(q, dv)
     lse = q.new_empty((b, h, s), dtype=torch.float32)
+    ending = Ending(splits, min(rows, block_m), blocks, q, out, lse, sinks)
     jit = kernel(
         "attention_decode",
         d_parts=parts(d),
         dv_parts=parts(dv),
         bounds=bounds is not None,
         softcap=bool(softcap),
-        sinks=sinks is not None,
-        direct=direct,
         with_lse=True,
         latent=is_latent(k, v),
         paged=pages is not None,
+        **ending.context,
         **mask_context(mask, mask_inputs, predicate, (1, 2)),
     )
-    args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
-    scratch = dict(args)
-    if direct:
-        args.update(out_ptr=out, lse_ptr=lse)
-        if sinks is not None:
-            args["sinks_ptr"] = sinks
-    if softcap:
-        args["SOFTCAP"] = softcap
-    wrap(jit)[(b * hkv * ceil_div(h // hkv * s, block_m), splits)](
+    args = ending.arguments()
+    cap = {"SOFTCAP": softcap} if softcap else {}
+    wrap(jit)[(blocks, splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         T=t,
         **args,
+        **cap,
         **bounds_arguments(bounds),
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
@@ -166,8 +161,7 @@ def launch(
         num_warps=warps,
         num_stages=stages,
     )
-    if not direct:
-        combine(scratch, sinks, out, lse, wrap)
+    ending.finish(args, wrap)
     return out.transpose(1, 2), lse
 
 

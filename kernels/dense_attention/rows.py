@@ -76,6 +76,7 @@ def launch(
         softcap=bool(softcap),
         sinks=sinks is not None,
         direct=True,
+        merged=False,
         with_lse=True,
         latent=False,
         paged=pages is not None,

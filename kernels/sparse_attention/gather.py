@@ -13,9 +13,9 @@ from clsa_compile.kernels.choice import choose, modelled
 from clsa_compile.kernels.cost import Sizes
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
+    Ending,
     Wrap,
     ceil_div,
-    combine,
     floor_power_of_two,
     heads_at_once,
     is_latent,
@@ -25,7 +25,6 @@ from clsa_compile.kernels.launch import (
     padded_width,
     page_arguments,
     parts,
-    split_scratch,
     static,
     strides,
     tile_plan,
@@ -108,33 +107,27 @@ def launch(
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
     splits, block_m, block_n, warps, stages = plan(q, k, v, topk, pages)
-    direct = splits == 1
+    blocks = b * s * hkv * ceil_div(h // hkv, block_m)
     out = output(q, dv)
+    ending = Ending(splits, min(h // hkv, block_m), blocks, q, out, None, sinks)
     jit = kernel(
         "sparse_attention",
         d_parts=parts(d),
         dv_parts=parts(dv),
         bounds=False,
         softcap=bool(softcap),
-        sinks=sinks is not None,
-        direct=direct,
         with_lse=False,
         latent=is_latent(k, v),
         paged=pages is not None,
+        **ending.context,
         **mask_context(mask, mask_inputs, predicate, (1,)),
     )
-    args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
-    scratch = dict(args)
-    if direct:
-        args["out_ptr"] = out
-        if sinks is not None:
-            args["sinks_ptr"] = sinks
-    if softcap:
-        args["SOFTCAP"] = softcap
+    args = ending.arguments()
+    cap = {"SOFTCAP": softcap} if softcap else {}
     index_strides = strides("indices", "bhsk", indices)
     if indices.shape[1] == 1:
         index_strides["indices_sh"] = 0
-    wrap(jit)[(b * s * hkv * ceil_div(h // hkv, block_m), splits)](
+    wrap(jit)[(blocks, splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -142,6 +135,7 @@ def launch(
         S=s,
         TOPK=topk,
         **args,
+        **cap,
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
         **page_arguments(k, pages),
@@ -158,8 +152,7 @@ def launch(
         num_warps=warps,
         num_stages=stages,
     )
-    if not direct:
-        combine(scratch, sinks, out, None, wrap)
+    ending.finish(args, wrap)
     return out.transpose(1, 2)
 
 

@@ -70,7 +70,7 @@ class Oracle:
                     heads = slice(head // group * group, (head // group + 1) * group)
                     pooled = mass[i, heads if self.scope == "kv_head" else slice(None), row].sum(0)
                     ends = [*readable[:2], *readable[-3:]]
-                    ranked = sorted(readable, key=lambda t: (t not in ends, -float(pooled[t]), t))
+                    rank = {t: (t not in ends, -float(pooled[t]), t) for t in readable}
                     self.chosen[i, head, row] = sorted(readable, key=rank.__getitem__)[: TOPK["topk"]]
 
     def _bias(self, scores: Tensor, group: int) -> Tensor:

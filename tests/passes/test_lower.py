@@ -283,3 +283,57 @@ def test_bounds_are_held_for_all_kernels_that_take_them(trace: Trace) -> None:
     (held,) = [n for n in captured.graph.nodes if n.target is torch.ops.aten.as_strided.default]
     assert len(held.users) == 2
     assert torch.equal(captured.module(qkv()[0]), fn(qkv()[0]))
+
+
+# -- counters ----------------------------------------------------------------------------------------
+
+
+def counting(rows: Callable[[Tensor], Any]) -> Variant:
+    """A variant whose launches need as many counters as `rows` says of q."""
+
+    def launch(q: Tensor, *args: Any, wrap: Any) -> Any:
+        out, lse = REFERENCES["attention"](q, *args)
+        return out + torch.ops.clsa.counters(q, rows(q)).sum(), lse
+
+    return Variant("attention", "counting", lambda facts: SUPPORTED, launch)
+
+
+def zeros_of(captured: Captured) -> list[Any]:
+    return [n for n in captured.graph.nodes if n.target is torch.ops.aten.zeros.default]
+
+
+def _layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return sdpa(q, k, v) + sdpa(q[:, :, :2], k, v).sum() + sdpa(q * 2, k, v)
+
+
+def test_all_launches_share_the_largest_counters(trace: Trace) -> None:
+    captured, choices = lowered(trace, _layers, *qkv(), variants=(counting(lambda q: 5 * q.shape[2]),))
+    assert [c.variant for c in choices] == ["counting"] * 3
+    (zeros,) = zeros_of(captured)
+    assert zeros.args == ([5 * S],)
+    assert (zeros.meta["val"].dtype, zeros.meta["val"].shape) == (torch.int32, (5 * S,))
+    assert len(zeros.users) == 3
+    order = {node: i for i, node in enumerate(captured.graph.nodes)}
+    assert order[zeros] < min(order[user] for user in zeros.users)
+
+
+def test_without_counters_no_buffer_is_made(trace: Trace) -> None:
+    captured, _ = lowered(trace, _layers, *qkv(), variants=(Kernel().variant,))
+    assert zeros_of(captured) == []
+
+
+def test_counters_of_unknown_size_are_shared_where_the_sizes_are_the_same(trace: Trace) -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        def heads(z: Tensor) -> Tensor:
+            return z.view(z.shape[0], z.shape[1], H, D).transpose(1, 2)
+
+        a, b = heads(x), heads(y)
+        return sdpa(a, a, a).sum() + sdpa(a * 2, a, a).sum() + sdpa(b, b, b).sum()
+
+    captured = rewritten_only(trace(fn, torch.randn(2, 5, H * D), torch.randn(3, 7, H * D), symbolic=True))
+    guards = len(captured.fake_mode.shape_env.guards)
+    captured, _ = lower(captured, (counting(lambda q: q.shape[0] * 4),), wrap)
+    captured.graph.lint()
+    assert sorted(len(zeros.users) for zeros in zeros_of(captured)) == [1, 2]
+    assert not any(contract_op(n.target) for n in captured.graph.nodes if n.op == "call_function")
+    assert len(captured.fake_mode.shape_env.guards) == guards
