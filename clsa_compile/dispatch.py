@@ -58,5 +58,5 @@ def _on_cuda(op: str) -> Callable[..., Any]:
     return lambda *args: run(op, kernels(), *args)
 
 
-for _op in ("attention", "sparse_attention", "index_topk"):
+for _op in ("attention", "sparse_attention", "index_topk", "attention_mass", "select_topk"):
     _LIBRARY.impl(_op, _on_cuda(_op), "CUDA")

@@ -10,8 +10,9 @@ from importlib.resources.abc import Traversable
 
 from clsa_compile.ir.variants import Variant
 from clsa_compile.kernels.dense_attention import decode as attention_decode
+from clsa_compile.kernels.dense_attention import mass, sdpa
 from clsa_compile.kernels.dense_attention import rows as attention_rows
-from clsa_compile.kernels.dense_attention import sdpa
+from clsa_compile.kernels.index_topk import choose
 from clsa_compile.kernels.index_topk import decode as index_decode
 from clsa_compile.kernels.index_topk import rows as index_rows
 from clsa_compile.kernels.sparse_attention import gather
@@ -23,6 +24,8 @@ VARIANTS: tuple[Variant, ...] = (
     index_decode.DECODE,
     index_rows.ROWS,
     gather.GATHER,
+    mass.MASS,
+    choose.CHOOSE,
 )
 
 

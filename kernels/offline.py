@@ -280,6 +280,7 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "index_topk", "DSA rows, fp32", _index(1, 32, 1, 64, 2048, 128, fp32, lightning)
     yield "index_topk", "rows, kv heads", _index(1, 9, 3, 64, t, 64, bf16, MASS.text)
     yield from _paged_configurations(t)
+    yield from _mass_configurations()
 
 
 def _paged_configurations(t: int) -> Iterator[tuple[str, str, list[Any]]]:
@@ -305,6 +306,17 @@ def _paged_configurations(t: int) -> Iterator[tuple[str, str, list[Any]]]:
     yield "index_topk", "DSA rows, paged", _paged(64, _index(b, 32, 1, 512, t, 128, bf16, dsa, **many), 1)
 
 
+def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
+    """Yields what anchors of a dense model run: one set for all heads, one a kv head, mixtures."""
+    t, i32 = 131072, torch.int32
+    bounds = meta(4, 1, 2, dtype=i32)
+    for b, sets, power in ((1, 1, 1.0), (4, 1, 0.5), (4, 8, 0.5)):
+        q, k, v, *rest = _attention(b, 24, 8, 1, t, 128, 128, torch.bfloat16, bounds=bounds[:b])
+        weight = meta(sets, 24, dtype=torch.float32)
+        yield "attention_mass", f"Llama B={b}, {sets} sets", [q, k, v, weight, *rest, power]
+    yield "select_topk", "Llama", [meta(1, 1, 1, t, dtype=torch.float32), bounds[:1], 2048, 4, 32]
+
+
 def recorded() -> Iterator[tuple[str, Launch]]:
     """Yields (description, launch) of every distinct compilation that the configurations need."""
     seen: set[tuple[Any, ...]] = set()
@@ -314,7 +326,7 @@ def recorded() -> Iterator[tuple[str, Launch]]:
             if variant.op != op or variant.name == "sdpa":
                 continue
             rows = arguments[0].shape[2]
-            if (variant.name == "decode") != (rows <= 8) and op != "sparse_attention":
+            if (variant.name == "decode") != (rows <= 8) and op in ("attention", "index_topk"):
                 continue
             recorder = Recorder()
             variant.launch(*arguments, wrap=recorder)

@@ -203,27 +203,27 @@ def select_topk_reference(
 
     The `keep_first` positions from the first token that may be read on, and the `keep_last` up to the last
     one, are always among them where they may be read. A token may be read where its mass is not -inf.
-    `bounds` is not needed here.
+    `bounds` int32 [B, S, 2] is as `mask_bounds` gives it, and not needed here.
     """
-    return _best(keep_ends(mass, None, keep_first, keep_last), topk)
+    return _best(keep_ends(mass, keep_first, keep_last), topk)
 
 
-def keep_ends(mass: Tensor, bounds: Tensor | None, keep_first: int, keep_last: int) -> Tensor:
-    """Returns mass [B, N, S, T] with +inf at the tokens that are always selected.
-
-    `bounds` int32 [B, S, 2] says where tokens begin and end; without it that is seen from the mass.
-    """
+def keep_ends(mass: Tensor, keep_first: int, keep_last: int) -> Tensor:
+    """Returns mass [..., T] with +inf at the tokens that are always selected."""
     if not keep_first and not keep_last:
         return mass
     positions = torch.arange(mass.shape[-1], device=mass.device)
     readable = mass > -math.inf
-    if bounds is None:
-        start = torch.where(readable, positions, mass.shape[-1]).amin(-1, keepdim=True)
-        end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
-    else:
-        start, end = (bounds[:, None, :, i, None] for i in (0, 1))
+    start = torch.where(readable, positions, mass.shape[-1]).amin(-1, keepdim=True)
+    end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
+    return keep_between(mass, start, end, keep_first, keep_last)
+
+
+def keep_between(mass: Tensor, start: Any, end: Any, keep_first: int, keep_last: int) -> Tensor:
+    """Returns mass [..., T] with +inf at both ends of `start` to `end`, where a token may be read."""
+    positions = torch.arange(mass.shape[-1], device=mass.device)
     kept = (positions < start + keep_first) | (positions >= end - keep_last)
-    return torch.where(kept & readable, math.inf, mass)
+    return torch.where(kept & (mass > -math.inf), math.inf, mass)
 
 
 def selected(indices: Tensor, keys: int) -> Tensor:

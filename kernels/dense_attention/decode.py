@@ -110,9 +110,14 @@ def launch(
     predicate: str,
     pages: Tensor | None = None,
     *,
+    logits: Tensor | None = None,
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:
-    """Runs `clsa::attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv], lse fp32 [B, H, S]."""
+    """Runs `clsa::attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv], lse fp32 [B, H, S].
+
+    `logits` fp32 [B, H, S, Tpad] takes the scores in units of log2, -inf where a key may not be read; keys
+    outside of `bounds` are not written.
+    """
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], key_slots(k, pages), v.shape[3]
@@ -129,12 +134,15 @@ def launch(
         bounds=bounds is not None,
         softcap=bool(softcap),
         with_lse=True,
+        logits=logits is not None,
         latent=is_latent(k, v),
         paged=pages is not None,
         **ending.context,
         **mask_context(mask, mask_inputs, predicate, (1, 2)),
     )
     args = ending.arguments()
+    if logits is not None:
+        args |= {"logits_ptr": logits, "TPAD": logits.shape[3]}
     cap = {"SOFTCAP": softcap} if softcap else {}
     wrap(jit)[(blocks, splits)](
         q_ptr=q,

@@ -119,7 +119,22 @@ def call(variant: Variant, s: int) -> Callable[..., Any]:
             *pages, wrap=torch.library.wrap_triton,
         )  # fmt: skip
 
-    return {"attention": attention, "sparse_attention": sparse, "index_topk": index}[variant.op]
+    def mass(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any) -> Any:
+        weight = q.new_empty((2, H), dtype=torch.float32)
+        return variant.launch(
+            q, k, v, weight, mask, bounds, [position], None, scale, 0.0, predicate, 0.5,
+            wrap=torch.library.wrap_triton,
+        )  # fmt: skip
+
+    def chosen(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any) -> Any:
+        looked_at = q.new_empty((q.shape[0], 1, s, k.shape[2]), dtype=torch.float32)
+        return variant.launch(looked_at, bounds, TOPK, 4, 8, wrap=torch.library.wrap_triton)
+
+    calls = {
+        "attention": attention, "sparse_attention": sparse, "index_topk": index,
+        "attention_mass": mass, "select_topk": chosen,
+    }  # fmt: skip
+    return calls[variant.op]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -129,7 +144,7 @@ def call(variant: Variant, s: int) -> Callable[..., Any]:
     ids=lambda v: f"{v.op}-{v.name}" if isinstance(v, Variant) else ("paged" if v else "plain"),
 )
 def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool) -> None:
-    s = 2 if variant.name == "decode" else 40
+    s = 2 if variant.name in ("decode", "radix") else 40
     inputs = tensors(variant.op, s, 5000, dynamic, paged)
     with inputs[0].fake_mode:
         graph = make_fx(call(variant, s), tracing_mode="real")(*inputs).graph
@@ -138,7 +153,8 @@ def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool
     # The caches go to the kernels as they are.
     keys, values = [n for n in graph.nodes if n.op == "placeholder"][1:3]
     if variant.name != "sdpa":
-        readers = {*keys.users, *values.users} if variant.op != "index_topk" else {*keys.users}
+        # A selection reads keys only, or nothing but what was made of them.
+        readers = {*keys.users, *(values.users if "attention" in variant.op else ())}
         sizes = {n for n in readers if "sym_" in str(n.target)}
         assert readers - sizes <= set(kernels), readers
     if dynamic:

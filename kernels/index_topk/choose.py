@@ -1,0 +1,38 @@
+"""Tokens of the largest attention mass, with the ends of a sequence always among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import DECODE_ROWS, keep_between
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
+from clsa_compile.kernels.device import Device
+from clsa_compile.kernels.index_topk.decode import ASSUMED_BATCH
+from clsa_compile.kernels.index_topk.select import padded, segments, select
+from clsa_compile.kernels.launch import Wrap, static
+
+
+def supports(facts: Facts) -> Support:
+    """Takes any S <= DECODE_ROWS."""
+    if facts.S is None or facts.S > DECODE_ROWS:
+        return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
+    return Support(False, "a cache of pages") if facts.paged else SUPPORTED
+
+
+def launch(
+    mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int, *, wrap: Wrap
+) -> Tensor:
+    """Runs `clsa::select_topk` for S <= DECODE_ROWS: int32 [B, N, S, topk]."""
+    b, sets, s, t = mass.shape
+    start, end = (0, t) if bounds is None else (bounds[:, None, :, i, None] for i in (0, 1))
+    scores = keep_between(mass, start, end, keep_first, keep_last)
+    # One pointwise kernel, with what added the masses up: rows are read in whole blocks.
+    scores = torch.cat((scores, scores.new_zeros((b, sets, s, padded(t) - t))), dim=-1)
+    out = mass.new_empty((b, sets, s, topk), dtype=torch.int32)
+    lines = (b if static(b) else ASSUMED_BATCH) * sets * s
+    select(scores, bounds, out, 0, t, segments(lines, t, Device.of(mass.device).sms), wrap)
+    return out
+
+
+CHOOSE = Variant("select_topk", "radix", supports, launch)

@@ -1,0 +1,104 @@
+"""kernels/dense_attention/mass.py and kernels/index_topk/choose.py against their references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clsa_compile.ir.ops import attention_mass_reference, mask_bounds_reference, select_topk_reference
+
+Run = Callable[..., Any]
+
+SIZES = [
+    (1, 4, 2, 1, 300, 32, 32),
+    (2, 6, 2, 3, 77, 16, 32),
+    (2, 3, 3, 1, 1030, 16, 16),
+    (1, 2, 1, 2, 1, 16, 16),
+]
+
+
+def operands(
+    device: str,
+    sizes: tuple[int, int, int, int, int, int, int],
+    sets: int = 1,
+    dtype: torch.dtype = torch.float32,
+    sinks: bool = False,
+    softcap: float = 0.0,
+    power: float = 1.0,
+    predicate: str = "",
+    inputs: tuple[Tensor, ...] = (),
+) -> list[Any]:
+    b, h, hkv, s, t, d, dv = sizes
+    q = torch.randn(b, h, s, d, device=device, dtype=dtype)
+    k = torch.randn(b, hkv, t, d, device=device, dtype=dtype)
+    v = torch.randn(b, hkv, t, dv, device=device, dtype=dtype)
+    weight = torch.rand(sets, h, device=device)
+    sink = torch.randn(h, device=device, dtype=dtype) if sinks else None
+    bounds = mask_bounds_reference(q, None, inputs, h, t, predicate) if predicate else None
+    return [q, k, v, weight, None, bounds, list(inputs), sink, d**-0.5, softcap, predicate, power]
+
+
+def compare(run: Run, arguments: list[Any]) -> None:
+    out, mass = run("attention_mass", "decode", *arguments)
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
+    exact_out, exact = attention_mass_reference(*wide)
+    loose = 1e-5 if arguments[0].dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), exact_out, atol=loose, rtol=loose)
+    assert mass.dtype == torch.float32
+    assert mass.shape == exact.shape
+    torch.testing.assert_close(mass.double(), exact.double(), atol=loose, rtol=max(loose, 1e-4))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("sets", "power"), [(1, 1.0), (3, 0.5), (33, 1.0)])
+def test_mass_is_what_heads_looked_at(sizes: Any, sets: int, power: float, device: str, run: Run) -> None:
+    compare(run, operands(device, sizes, sets, power=power))
+
+
+@pytest.mark.parametrize("options", [{"sinks": True}, {"softcap": 3.0}, {"dtype": torch.float16}])
+def test_sinks_softcaps_and_short_numbers(options: dict[str, Any], device: str, run: Run) -> None:
+    compare(run, operands(device, SIZES[1], 2, power=0.5, **options))
+
+
+def test_what_may_not_be_read_has_no_mass(device: str, run: Run) -> None:
+    """The second sequence starts late; the third may read nothing at all."""
+    start = torch.tensor([0, 40, 400], device=device)
+    arguments = operands(
+        device, (3, 4, 2, 2, 310, 16, 16), 2, predicate="(kv >= in0(b)) & (kv <= q + 300)", inputs=(start,)
+    )
+    compare(run, arguments)
+    mass = run("attention_mass", "decode", *arguments)[1]
+    assert (mass[2] == -torch.inf).all()
+    assert (mass[1, :, :, :40] == -torch.inf).all()
+    assert (mass[0, :, 0, 301:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("t", "topk", "first", "last"), [(300, 40, 4, 8), (5000, 64, 0, 0), (9000, 700, 0, 5), (50, 64, 4, 8)]
+)
+@pytest.mark.parametrize("sets", [1, 3])
+def test_the_tokens_of_largest_mass_and_the_ends(
+    t: int, topk: int, first: int, last: int, sets: int, device: str, run: Run
+) -> None:
+    mass = torch.rand(2, sets, 1, t, device=device).square()
+    start, end = torch.tensor([0, 7], device=device), torch.tensor([t, t - 5], device=device)
+    positions = torch.arange(t, device=device)
+    inside = (positions >= start[:, None]) & (positions < end[:, None])
+    mass = torch.where(inside[:, None, None], mass, -torch.inf)
+    bounds = torch.stack((start, end), -1).to(torch.int32)[:, None]
+    got = run("select_topk", "radix", mass, bounds, topk, first, last)
+    assert torch.equal(got, select_topk_reference(mass, None, topk, first, last))
+    whole = torch.rand(1, sets, 1, t, device=device)
+    got = run("select_topk", "radix", whole, None, topk, first, last)
+    assert torch.equal(got, select_topk_reference(whole, None, topk, first, last))
+
+
+def test_anchors_say_the_same_on_every_launch(device: str, run: Run) -> None:
+    launches = 100 if device == "cuda" else 2
+    arguments = operands(device, (2, 8, 2, 1, 3000, 64, 64), 2, power=0.5)
+    results = [run("attention_mass", "decode", *arguments)[1] for _ in range(launches)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
