@@ -216,14 +216,8 @@ def keep_ends(mass: Tensor, keep_first: int, keep_last: int) -> Tensor:
     readable = mass > -math.inf
     start = torch.where(readable, positions, mass.shape[-1]).amin(-1, keepdim=True)
     end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
-    return keep_between(mass, start, end, keep_first, keep_last)
-
-
-def keep_between(mass: Tensor, start: Any, end: Any, keep_first: int, keep_last: int) -> Tensor:
-    """Returns mass [..., T] with +inf at both ends of `start` to `end`, where a token may be read."""
-    positions = torch.arange(mass.shape[-1], device=mass.device)
     kept = (positions < start + keep_first) | (positions >= end - keep_last)
-    return torch.where(kept & (mass > -math.inf), math.inf, mass)
+    return torch.where(kept & readable, math.inf, mass)
 
 
 def selected(indices: Tensor, keys: int) -> Tensor:

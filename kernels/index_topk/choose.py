@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import DECODE_ROWS, keep_between
+from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.decode import ASSUMED_BATCH
 from clsa_compile.kernels.index_topk.select import padded, segments, select
-from clsa_compile.kernels.launch import Wrap, static
+from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, static
+from clsa_compile.kernels.render import kernel
+
+BLOCK_T = 2048
 
 
 def supports(facts: Facts) -> Support:
@@ -25,10 +28,21 @@ def launch(
 ) -> Tensor:
     """Runs `clsa::select_topk` for S <= DECODE_ROWS: int32 [B, N, S, topk]."""
     b, sets, s, t = mass.shape
-    start, end = (0, t) if bounds is None else (bounds[:, None, :, i, None] for i in (0, 1))
-    scores = keep_between(mass, start, end, keep_first, keep_last)
-    # One pointwise kernel, with what added the masses up: rows are read in whole blocks.
-    scores = torch.cat((scores, scores.new_zeros((b, sets, s, padded(t) - t))), dim=-1)
+    scores = mass.new_empty((b, sets, s, padded(t)))
+    wrap(kernel("select_keep", bounds=bounds is not None))[(ceil_div(t, BLOCK_T), b * sets * s)](
+        mass_ptr=mass.contiguous(),
+        scores_ptr=scores,
+        T=t,
+        TPAD=scores.shape[3],
+        S=s,
+        **bounds_arguments(bounds),
+        FIRST=keep_first,
+        LAST=keep_last,
+        N=sets,
+        BLOCK_T=BLOCK_T,
+        num_warps=4,
+        num_stages=1,
+    )
     out = mass.new_empty((b, sets, s, topk), dtype=torch.int32)
     lines = (b if static(b) else ASSUMED_BATCH) * sets * s
     select(scores, bounds, out, 0, t, segments(lines, t, Device.of(mass.device).sms), wrap)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from clsa_compile.testing import generate_steps, largest_difference, tiny
+from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +50,25 @@ def test_a_cuda_graph_captured_short_replays_right_at_a_longer_length(family: st
     expected = generate_steps(model, model.config, steps=40, length=64, prime=model)
     actual = generate_steps(run, model.config, steps=40, length=64, prime=model)
     assert largest_difference(expected, actual) < 1e-4
+
+
+@pytest.mark.parametrize("scope", ["layer", "kv_head"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_dense_model_that_shares_equals_the_references(mode: str, scope: str) -> None:
+    """The same rewrite on the CPU runs references; the oracle of test_dense_sharing.py holds for those."""
+    options = {"topk": 8, "share": 2, "keep_first": 2, "keep_last": 3, "scope": scope}
+    model = tiny("llama", num_hidden_layers=5)
+    expected = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, steps=20)
+    torch._dynamo.reset()
+    model = model.cuda()
+    run = torch.compile(model, backend="clsa", options={**options, "mode": mode})
+    actual = generate_steps(run, model.config, steps=20, prime=model)
+    assert largest_difference(expected, _on_cpu(actual)) < 1e-4
+    assert counters["clsa"]["sparse_attention"] > 0
+
+
+def _on_cpu(transcript: Transcript) -> Transcript:
+    return Transcript([x.cpu() for x in transcript.logits], transcript.cache)
 
 
 def test_no_contract_op_is_left_in_the_compiled_code() -> None:

@@ -25,6 +25,7 @@ WRITTEN = {
         "logits_ptr",
     },
     "attention_mass": {"mass_ptr"},
+    "select_keep": {"scores_ptr"},
     "attention_rows": {"out_ptr", "lse_ptr"},
     "sparse_attention": {"part_ptr", "peak_ptr", "total_ptr", "counters_ptr", "out_ptr"},
     "combine": {"out_ptr", "lse_ptr"},
