@@ -16,12 +16,12 @@ from torch import Tensor
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.dense_attention import decode
 from clsa_compile.kernels.index_topk.select import padded
-from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div
+from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, power_of_two
 from clsa_compile.kernels.render import kernel
 
 LOG2E = 1.4426950408889634
-# Keys of a program, and sets of tokens whose sums it holds in registers.
-BLOCK_T = 1024
+# Scores that a program holds, of all heads for some keys, and sets of tokens that it makes sums for.
+HELD = 4096
 MOST_SETS = 32
 
 
@@ -62,14 +62,15 @@ def mass(
 ) -> Tensor:
     """Returns mass fp32 [B, N, S, T] of scores [B, H, S, Tpad] and denominators [B, H, S], both in log2."""
     b, h, s, tpad = logits.shape
-    sets = weight.shape[0]
+    sets, block_h = weight.shape[0], power_of_two(h)
+    block_t = max(16, HELD // block_h)
     out = logits.new_empty((b, sets, s, t))
     for first in range(0, sets, MOST_SETS):
         part = weight[first : first + MOST_SETS]
         whole = sets <= MOST_SETS
         target = out if whole else logits.new_empty((b, part.shape[0], s, t))
         jit = kernel("attention_mass", sets=part.shape[0], bounds=bounds is not None, power=power != 1)
-        wrap(jit)[(ceil_div(t, BLOCK_T), b * s)](
+        wrap(jit)[(ceil_div(t, block_t), b * s)](
             logits_ptr=logits,
             norm_ptr=norm.contiguous(),
             weight_ptr=part.contiguous(),
@@ -81,7 +82,8 @@ def mass(
             POWER=power,
             H=h,
             N=part.shape[0],
-            BLOCK_T=BLOCK_T,
+            BLOCK_H=block_h,
+            BLOCK_T=block_t,
             num_warps=4,
             num_stages=1,
         )
