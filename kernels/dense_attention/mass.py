@@ -21,7 +21,7 @@ from clsa_compile.kernels.render import kernel
 
 LOG2E = 1.4426950408889634
 # Scores that a program holds, of all heads for some keys, and sets of tokens that it makes sums for.
-HELD = 4096
+HELD = 8192
 MOST_SETS = 32
 
 
