@@ -32,7 +32,7 @@ from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, Score
 from clsa_compile.kernels.catalog import VARIANTS
 from clsa_compile.kernels.index_topk import decode as index_decode
 from clsa_compile.kernels.index_topk.select import padded, segments, select
-from clsa_compile.kernels.launch import Wrap, one_counter_buffer
+from clsa_compile.kernels.launch import Wrap
 
 CUDA = torch.device("cuda")
 LAUNCH = {(v.op, v.name): v.launch for v in VARIANTS}
@@ -124,12 +124,8 @@ def straight(kernel: Any) -> Any:
     return kernel
 
 
-@one_counter_buffer()
 def graph_time(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    """Gives the median microseconds of one call, CALLS of them recorded into one CUDA graph.
-
-    Counters are zeroed once and before the graph, as a compiled graph does it once for all layers.
-    """
+    """Gives the median microseconds of one call, CALLS of them recorded into one CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):

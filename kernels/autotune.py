@@ -27,7 +27,6 @@ from clsa_compile.kernels.catalog import sources_hash
 from clsa_compile.kernels.choice import choosing, ranked
 from clsa_compile.kernels.cost import Shape, Sizes
 from clsa_compile.kernels.device import Device
-from clsa_compile.kernels.launch import one_counter_buffer
 from clsa_compile.kernels.render import default_folder, write_whole
 
 log = logging.getLogger("clsa_compile")
@@ -121,7 +120,7 @@ def timed(variant: Variant, args: Sequence[Any], shapes: Sequence[Shape], timer:
 
     for shape in shapes:
         try:
-            with choosing(lambda *_, shape=shape: shape), one_counter_buffer():
+            with choosing(lambda *_, shape=shape: shape):
                 found[shape] = timer(call)
         except (RuntimeError, triton.TritonError) as error:
             log.debug("clsa: %s as %s does not run: %s", variant.op, shape, error)

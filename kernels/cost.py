@@ -95,10 +95,9 @@ class Constants:
 class Family:
     """What tells one kernel from another.
 
-    key_bytes: read and written a key. ahead: steps over which a load's latency is spread. merges: splits are
-    merged in the end, which counts as a second launch: all measurements had one, and what the last program
-    merges by itself was not measured yet. shared: bytes of shared memory of a program; registers: of a
-    thread, both as the compiler reports them for sm_90 (`python -m clsa_compile.kernels.offline`), roughly.
+    key_bytes: read and written a key. ahead: steps over which a load's latency is spread. merges: a second
+    launch merges the splits. shared: bytes of shared memory of a program; registers: of a thread, both as the
+    compiler reports them for sm_90 (`python -m clsa_compile.kernels.offline`), roughly.
     """
 
     name: str
@@ -270,7 +269,7 @@ def _needs(name: str) -> Callable[..., tuple[float, float]]:
 
 
 def microseconds(name: str, sizes: Sizes, shape: Shape, device: Device) -> float:
-    """Returns the predicted time of a launch, with one that merges its splits if there are any."""
+    """Returns the predicted time of a launch, with the launch that merges its splits if there is one."""
     chip = (device.sms, device.bandwidth, device.shared, device.registers, device.launch_us)
     known = (*_values(sizes), *_values(shape), *chip)
     held, time = _functions(name)

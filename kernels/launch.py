@@ -6,10 +6,7 @@ where a choice depends on a size, `static` says whether it is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -28,9 +25,6 @@ LOADS_IN_FLIGHT = 131072
 MOST_SUMS = 20480
 MOST_ROWS = 128
 MOST_WIDTH = 576
-# Partial sums of some rows, of all splits, up to which the last of their programs merges them: 64 KiB, which
-# one multiprocessor reads from the L2 cache in about half a microsecond, into 128 registers of each thread.
-MERGED_SUMS = 16384
 # Keys assumed where their number is not known while tracing.
 ASSUMED_KEYS = 131072
 
@@ -206,101 +200,8 @@ def output(q: Tensor, dv: int) -> Tensor:
     return q.new_empty((b, s, h, dv))
 
 
-def merges_inside(splits: int, rows: int, dv: int) -> bool:
-    """Tells whether the last of `splits` programs to arrive merges `rows` rows of `dv` values.
-
-    That takes one program a fence, an atomic and a wave of loads from the L2 cache; `combine` takes a launch,
-    about 2.5 us with the gap before it, but spreads the loads over the chip. The limit is an estimate, not
-    yet a measurement.
-    """
-    return splits > 1 and splits * power_of_two(rows) * padded_width(dv) <= MERGED_SUMS
-
-
-_COUNTERS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("clsa_counters", default=None)
-
-
-@contextmanager
-def one_counter_buffer() -> Iterator[dict[torch.device, Tensor]]:
-    """Gives the launches inside one buffer of counters a device, as a compiled graph has; yields the buffers.
-
-    Kernels leave counters at zero, so launches may share them if they run one after another.
-    """
-    buffers: dict[torch.device, Tensor] = {}
-    token = _COUNTERS.set(buffers)
-    try:
-        yield buffers
-    finally:
-        _COUNTERS.reset(token)
-
-
-def counters(rows: Any, like: Tensor) -> Tensor:
-    """Returns int32 zeros, at least `rows`, on the device of `like`."""
-    buffers = _COUNTERS.get()
-    if buffers is None:
-        return torch.ops.clsa.counters(like, rows)
-    held = buffers.get(like.device)
-    if held is None or len(held) < rows:
-        held = buffers[like.device] = torch.ops.clsa.counters(like, rows)
-    return held
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How the splits of a row become its result, which `finish` in macros.jinja writes.
-
-    direct: there is one split. merged: the last program to arrive merges. Otherwise `combine` does.
-    `rows` are the query rows of one program, `blocks` the programs of one split.
-    """
-
-    splits: int
-    rows: int
-    blocks: Any
-    q: Tensor
-    out: Tensor
-    lse: Tensor | None
-    sinks: Tensor | None
-
-    @property
-    def direct(self) -> bool:
-        """Whether one program sees all keys of its rows."""
-        return self.splits == 1
-
-    @property
-    def merged(self) -> bool:
-        """Whether the last program of some rows merges their splits."""
-        return merges_inside(self.splits, self.rows, self.out.shape[3])
-
-    @property
-    def context(self) -> dict[str, Any]:
-        """What a template must know."""
-        return {"direct": self.direct, "merged": self.merged, "sinks": self.sinks is not None}
-
-    def arguments(self) -> dict[str, Any]:
-        """Returns the kernel arguments of `finish_params`."""
-        args: dict[str, Any] = {}
-        if not self.direct:
-            args.update(split_scratch(self.q, self.out.shape[3], self.splits))
-        if not (self.direct or self.merged):
-            return args
-        if self.merged:
-            args["counters_ptr"] = counters(self.blocks, self.q)
-            args["MERGE_M"] = power_of_two(self.rows)
-        return {**args, **result_arguments(self.out, self.lse, self.sinks)}
-
-    def finish(self, args: dict[str, Any], wrap: Wrap) -> None:
-        """Merges what the kernel, launched with `args`, has left."""
-        if not (self.direct or self.merged):
-            combine(args, self.sinks, self.out, self.lse, wrap)
-
-
-def result_arguments(out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> dict[str, Any]:
-    """Returns the kernel arguments of what writes the result."""
-    args = {"out_ptr": out, "lse_ptr": lse, "sinks_ptr": sinks}
-    return {name: value for name, value in args.items() if value is not None}
-
-
 def split_scratch(q: Tensor, dv: int, splits: int) -> dict[str, Tensor]:
-    """Returns empty fp32 scratch for what each split leaves to be merged."""
+    """Returns empty fp32 scratch for what each split leaves to `combine`."""
     b, h, s, _ = q.shape
     rows = (b, h, s, splits)
     return {
@@ -319,9 +220,14 @@ def combine(
     # Keeps one program's tile of sums at 4096 numbers.
     block = max(16, min(power_of_two(dv), 64, 4096 // splits))
     jit = kernel("combine", sinks=sinks is not None, with_lse=lse is not None)
+    args: dict[str, Any] = {**scratch}
+    if sinks is not None:
+        args["sinks_ptr"] = sinks
+    if lse is not None:
+        args["lse_ptr"] = lse
     wrap(jit)[(b * h * s, ceil_div(dv, block))](
-        **scratch,
-        **result_arguments(out, lse, sinks),
+        **args,
+        out_ptr=out,
         S=s,
         H=h,
         DV=dv,

@@ -1,8 +1,8 @@
 """Lowers: replaces every contract op by what runs, traced in place.
 
 On CUDA that is a kernel variant's launch, whose Triton calls become nodes that Inductor plans, fuses
-around and captures; elsewhere, and where no variant fits, it is the reference. All launches share one
-buffer of counters. After it no `clsa::` node is left.
+around and captures; elsewhere, and where no variant fits, it is the reference. After it no `clsa::`
+node is left.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ def lower(
             # Otherwise Inductor computes them again for each kernel that takes them.
             hold(captured, results[0])
         choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons))
-    _share_counters(captured)
     drop_dead(captured.graph)
     captured.module.recompile()
     return captured, tuple(choices)
@@ -183,27 +182,3 @@ def _inline(captured: Captured, node: Node, traced: GraphModule) -> list[Node]:
         graph.erase_node(user)
     graph.erase_node(node)
     return results
-
-
-def _share_counters(captured: Captured) -> None:
-    """Replaces what launches count with by one buffer of zeros a device, written once in a graph.
-
-    Each launch leaves the counters at zero, and a graph's launches run one after another. Sizes that are
-    not known are not compared: equal expressions share a buffer of their own.
-    """
-    users: dict[Any, list[Node]] = {}
-    for node in captured.graph.nodes:
-        if node.target is torch.ops.clsa.counters.default:
-            like, rows = node.args
-            size = str(rows.meta["val"]) if isinstance(rows, Node) else ""
-            users.setdefault((like.meta["val"].device, size), []).append(node)
-    for (device, size), nodes in users.items():
-        first = nodes[0]
-        rows = first.args[1] if size else max(node.args[1] for node in nodes)
-        with captured.graph.inserting_before(first):
-            zeros = Emitter(captured, first).call(
-                torch.ops.aten.zeros.default, [rows], dtype=torch.int32, device=device
-            )
-        for node in nodes:
-            node.replace_all_uses_with(zeros)
-            captured.graph.erase_node(node)

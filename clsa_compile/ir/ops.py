@@ -59,7 +59,6 @@ _LIBRARY.define(
     "mask_bounds(Tensor like, Tensor? mask, Tensor[] mask_inputs, SymInt heads, SymInt keys, str predicate)"
     " -> Tensor"
 )
-_LIBRARY.define("counters(Tensor like, SymInt rows) -> Tensor")
 
 
 def attend_mask(
@@ -496,16 +495,6 @@ _CALLABLE = {**REFERENCES, "attention": _attention, "sparse_attention": _sparse_
 for _name, _implementation in _CALLABLE.items():
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clsa::{_name}", _FAKES[_name], lib=_LIBRARY)
-
-
-def _counters(like: Tensor, rows: int) -> Tensor:
-    return torch.zeros((rows,), dtype=torch.int32, device=like.device)
-
-
-# No contract op: what kernels count their programs with, int32 zeros [rows] on the device of `like`. It is an
-# op for `lower` to know it by, which gives all launches of a graph one buffer.
-_LIBRARY.impl("counters", _counters, "CompositeExplicitAutograd")
-torch.library.register_fake("clsa::counters", _counters, lib=_LIBRARY)
 
 
 def contract_op(target: Any) -> str | None:

@@ -76,7 +76,6 @@ def launch(
         softcap=bool(softcap),
         sinks=sinks is not None,
         direct=True,
-        merged=False,
         with_lse=True,
         latent=False,
         paged=pages is not None,

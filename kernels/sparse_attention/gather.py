@@ -13,9 +13,9 @@ from clsa_compile.kernels.choice import choose, modelled
 from clsa_compile.kernels.cost import Sizes
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
-    Ending,
     Wrap,
     ceil_div,
+    combine,
     floor_power_of_two,
     heads_at_once,
     is_latent,
@@ -25,6 +25,7 @@ from clsa_compile.kernels.launch import (
     padded_width,
     page_arguments,
     parts,
+    split_scratch,
     static,
     strides,
     tile_plan,
@@ -107,27 +108,33 @@ def launch(
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
     splits, block_m, block_n, warps, stages = plan(q, k, v, topk, pages)
-    blocks = b * s * hkv * ceil_div(h // hkv, block_m)
+    direct = splits == 1
     out = output(q, dv)
-    ending = Ending(splits, min(h // hkv, block_m), blocks, q, out, None, sinks)
     jit = kernel(
         "sparse_attention",
         d_parts=parts(d),
         dv_parts=parts(dv),
         bounds=False,
         softcap=bool(softcap),
+        sinks=sinks is not None,
+        direct=direct,
         with_lse=False,
         latent=is_latent(k, v),
         paged=pages is not None,
-        **ending.context,
         **mask_context(mask, mask_inputs, predicate, (1,)),
     )
-    args = ending.arguments()
-    cap = {"SOFTCAP": softcap} if softcap else {}
+    args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
+    scratch = dict(args)
+    if direct:
+        args["out_ptr"] = out
+        if sinks is not None:
+            args["sinks_ptr"] = sinks
+    if softcap:
+        args["SOFTCAP"] = softcap
     index_strides = strides("indices", "bhsk", indices)
     if indices.shape[1] == 1:
         index_strides["indices_sh"] = 0
-    wrap(jit)[(blocks, splits)](
+    wrap(jit)[(b * s * hkv * ceil_div(h // hkv, block_m), splits)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
@@ -135,7 +142,6 @@ def launch(
         S=s,
         TOPK=topk,
         **args,
-        **cap,
         **strides("k", "bhtd", k),
         **strides("v", "bhtd", v),
         **page_arguments(k, pages),
@@ -152,7 +158,8 @@ def launch(
         num_warps=warps,
         num_stages=stages,
     )
-    ending.finish(args, wrap)
+    if not direct:
+        combine(scratch, sinks, out, None, wrap)
     return out.transpose(1, 2)
 
 

@@ -15,19 +15,11 @@ from clsa_compile.kernels.offline import Usage, problem, recorded
 
 # The parameters that some kernel writes. Anything else is an input, and a cache may be one.
 WRITTEN = {
-    "attention_decode": {
-        "part_ptr",
-        "peak_ptr",
-        "total_ptr",
-        "counters_ptr",
-        "out_ptr",
-        "lse_ptr",
-        "logits_ptr",
-    },
+    "attention_decode": {"part_ptr", "peak_ptr", "total_ptr", "out_ptr", "lse_ptr", "below_ptr", "tops_ptr"},
     "attention_mass": {"mass_ptr"},
     "select_keep": {"scores_ptr"},
     "attention_rows": {"out_ptr", "lse_ptr"},
-    "sparse_attention": {"part_ptr", "peak_ptr", "total_ptr", "counters_ptr", "out_ptr"},
+    "sparse_attention": {"part_ptr", "peak_ptr", "total_ptr", "out_ptr"},
     "combine": {"out_ptr", "lse_ptr"},
     "index_scan_decode": {"scores_ptr"},
     "index_scan_rows": {"scores_ptr"},

@@ -30,8 +30,8 @@ MASKED: dict[str, Any] = {
     "softcap": True,
     "sinks": True,
     "direct": False,
-    "merged": False,
     "with_lse": True,
+    "scores": False,
     "latent": False,
     "paged": False,
     "mask": "additive",
@@ -202,14 +202,3 @@ def test_products_are_rounded_before_threads_add_them_up() -> None:
     assert "tl.sum((k0.to(tl.float32) * q0_0.to(tl.float32)[None, :] + 0.0), axis=1)" in single
     combine = render("combine", {"sinks": False, "with_lse": False})
     assert combine.count("+ 0.0), axis=0)") == 2
-    merged = render("attention_decode", {**MASKED, "merged": True})
-    assert merged.count("+ 0.0), axis=0)") == 2
-
-
-def test_one_program_counts_and_the_last_reads_past_its_own_cache() -> None:
-    text = render("attention_decode", {**MASKED, "merged": True, "sinks": False})
-    stored, merged = text.split("tl.debug_barrier()")
-    assert stored.count("tl.store(") == 3
-    assert merged.count("tl.atomic_add(") == 1
-    assert merged.count("tl.load(") == merged.count('cache_modifier=".cg"') == 3
-    assert "atomic" not in render("attention_decode", MASKED)
