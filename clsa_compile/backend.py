@@ -29,6 +29,7 @@ from clsa_compile.pace import roomy, uncollected
 from clsa_compile.passes.group import Sharing
 from clsa_compile.passes.lower import Choice
 from clsa_compile.passes.pipeline import Decision, carry_out, decide, uuid
+from clsa_compile.passes.savings import stripped
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import anchors
 
@@ -119,6 +120,12 @@ def decided(captured: Captured, options: Options) -> Decision:
     request = requested(options)
     shared = sharing(options) if request is None else None
     decision = decide(captured, shared, reclaims=options.reclaim, request=request)
+    saved = decision.plan.savings
+    if needed := sorted(set(stripped(captured.graph)) - set(saved.idle if saved else ())):
+        raise OptionError(
+            f"{len(needed)} weights that this graph reads were freed by plan.strip(model), as {needed[0]}: "
+            "compile with the options of that plan, or load the weights again"
+        )
     if request is not None and any(site.has_selection for site in decision.sites.attention):
         raise OptionError(
             f"topk={options.topk} is for dense layers, and this model selects tokens by itself: "

@@ -41,5 +41,15 @@ class MissingTritonError(KernelError):
         )
 
 
+class StrippedError(ClsaError, RuntimeError):
+    """A module ran whose weights were freed for a plan under which nothing reads them."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(
+            f"the weights of this {module} were freed by plan.strip(model), and it ran without that plan: "
+            "compile the model with the options of the plan, or load the weights again"
+        )
+
+
 class ExpressionError(ClsaError, ValueError):
     """The text of a Score or of a predicate that cannot be read."""

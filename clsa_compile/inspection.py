@@ -20,6 +20,7 @@ from clsa_compile.backend import examine
 from clsa_compile.capture.dynamo import GraphBreak
 from clsa_compile.config import Options
 from clsa_compile.ir.plan import Group, Plan, SitePlan
+from clsa_compile.passes.savings import in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class Report:
             lines.append(_render(plan))
             lines += [_describe(group, plan) for group in plan.groups]
             lines += _schedule(plan)
+            if plan.savings is not None:
+                lines.append(in_words(plan.savings))
         return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
+from clsa_compile.passes.savings import savings
 from clsa_compile.passes.tables import keep_tables
 from clsa_compile.passes.verify import mutations, verify
 
@@ -56,7 +57,8 @@ def decide(
         decided = plan(sites, sharing, request)
         writes = reclaimable(captured, sites, decided) if reclaims else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
-        return Decision(sites, replace(decided, invalid=tuple(writes)), every)
+        saved = savings(captured, sites, decided, every)
+        return Decision(sites, replace(decided, invalid=tuple(writes), savings=saved), every)
 
 
 def carry_out(

@@ -20,13 +20,7 @@ def reclaimable(captured: Captured, sites: Sites, plan: Plan) -> dict[int, list[
     What a cache hands back at the end of a graph is not a reading, but a copy of it would be.
     """
     idle = {site.ordinal: site.indexer for site in sites.attention if site.ordinal in plan.shares}
-    selections = {indexer.topk_node for indexer in idle.values() if indexer is not None}
-    replaced = (
-        site.out
-        for site in sites.attention
-        if site.indexer is not None and site.indexer.topk_node in selections
-    )
-    dying = _Dying(replaced, _operands(sites, plan))
+    dying = Dying(replaced(sites, plan), operands(sites, plan))
     found = {ordinal: _writes(indexer.k.root) for ordinal, indexer in idle.items() if indexer is not None}
     return {
         ordinal: writes
@@ -35,7 +29,18 @@ def reclaimable(captured: Captured, sites: Sites, plan: Plan) -> dict[int, list[
     }
 
 
-def _operands(sites: Sites, plan: Plan) -> set[Node]:
+def replaced(sites: Sites, plan: Plan) -> list[Node]:
+    """Returns the outputs of attentions whose selections nothing reads any more."""
+    idle = [site.indexer for site in sites.attention if site.ordinal in plan.shares]
+    selections = {indexer.topk_node for indexer in idle if indexer is not None}
+    return [
+        site.out
+        for site in sites.attention
+        if site.indexer is not None and site.indexer.topk_node in selections
+    ]
+
+
+def operands(sites: Sites, plan: Plan) -> set[Node]:
     """Returns what attentions, and the indexers that run, read once they are contract ops."""
     running = {group.anchor for group in plan.groups if group.kind == "index"}
     found: set[Node] = set()
@@ -62,7 +67,7 @@ def reclaim(captured: Captured, writes: Iterable[Node]) -> None:
     captured.module.recompile()
 
 
-class _Dying:
+class Dying:
     """Tells which nodes nothing needs any more, given replaced attentions and what those still read."""
 
     def __init__(self, replaced: Iterable[Node], needed: Iterable[Node]) -> None:
@@ -95,7 +100,7 @@ def _writes(node: Node) -> list[Node]:
     return found
 
 
-def _only_dying_read(graph: Graph, writes: list[Node], dying: _Dying) -> bool:
+def _only_dying_read(graph: Graph, writes: list[Node], dying: Dying) -> bool:
     (buffer,) = written(writes[0])
     own = set(storages(buffer.meta.get("val")))
     inside = {buffer, *writes}

@@ -24,7 +24,7 @@ def shareable(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
 
     A cache that holds a window only is seen by its length: it is shorter than others.
     """
-    able = [site for site in sites if not site.has_selection and not _is_window(site.mask.predicate)]
+    able = [site for site in sites if not site.has_selection and not is_window(site.mask.predicate)]
     lengths = [_example(_size_of(site.k)) for site in able]
     return [site for site, length in zip(able, lengths, strict=True) if length == max(lengths)]
 
@@ -34,13 +34,13 @@ def _example(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
-def _is_window(condition: Any) -> bool:
+def is_window(condition: Any) -> bool:
     """Tells whether the first key that may be read moves with the query: a window, or chunks.
 
     Prefixes and packed sequences are no windows: all tokens of a sequence before the query may be read.
     """
     if isinstance(condition, sympy.And | sympy.Or):
-        return any(map(_is_window, condition.args))
+        return any(map(is_window, condition.args))
     ends = interval(condition)
     if ends is None:
         loads = [e for e in condition.atoms(AppliedUndef) if slot_of(e.func.__name__) is not None]

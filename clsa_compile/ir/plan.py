@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
 from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.strip import strip
 
 Action = Literal["sparse", "attention", "left"]
 
@@ -50,6 +53,20 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Savings:
+    """What a call no longer touches because of what layers share, with full caches.
+
+    idle: paths in the model of parameters that nothing reads. weight_bytes: their size. cache_bytes: keys and
+    values, or index keys, that are not read. flops: multiplications and additions that are not computed.
+    """
+
+    idle: tuple[str, ...]
+    weight_bytes: int
+    cache_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """All decisions for one graph.
 
@@ -66,6 +83,7 @@ class Plan:
     shares: tuple[int, ...] = ()
     invalid: tuple[int, ...] = ()
     pools: tuple[Pool, ...] = ()
+    savings: Savings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
@@ -76,6 +94,7 @@ class Plan:
             "shares": list(self.shares),
             "invalid": list(self.invalid),
             "pools": [pool.to_dict() for pool in self.pools],
+            "savings": None if self.savings is None else asdict(self.savings),
         }
 
     @classmethod
@@ -88,7 +107,18 @@ class Plan:
             tuple(data.get("shares", ())),
             tuple(data.get("invalid", ())),
             tuple(Pool.from_dict(p) for p in data.get("pools", ())),
+            None
+            if (saved := data.get("savings")) is None
+            else Savings(**{**saved, "idle": tuple(saved["idle"])}),
         )
+
+    def strip(self, model: torch.nn.Module) -> int:
+        """Frees the weights that nothing reads under this plan; returns how many bytes. See `ir/strip.py`.
+
+        The model then runs only compiled with the options that made this plan. Raises OptionError where the
+        plan is of another model.
+        """
+        return strip(model, () if self.savings is None else self.savings.idle)
 
     def count(self, action: Action) -> int:
         """Returns how many sites get an action."""

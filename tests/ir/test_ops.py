@@ -17,10 +17,12 @@ from clsa_compile.ir.ops import (
     DECODE_ROWS,
     REFERENCES,
     attend_mask,
+    attention_mass_reference,
     attention_reference,
     contract_op,
     index_topk_reference,
     mask_bounds_reference,
+    select_topk_reference,
     selected,
     sparse_attention_reference,
 )
@@ -199,6 +201,42 @@ def test_bounds_hold_every_key_that_a_row_may_read(case: dict[str, Any]) -> None
             assert tuple(bounds[i, r].tolist()) == tight
 
 
+@given(case=cases(), power=st.sampled_from([1.0, 0.5]), sets=st.integers(1, 3))
+def test_mass_is_what_heads_looked_at(case: dict[str, Any], power: float, sets: int) -> None:
+    b, h, s, t = sizes_of(case)
+    weight = torch.rand(sets, h, generator=torch.Generator().manual_seed(1))
+    tail = (
+        case["mask"], None, case["inputs"], case["sinks"], case["scale"], case["softcap"], case["predicate"]
+    )  # fmt: skip
+    out, mass = attention_mass_reference(case["q"], case["k"], case["v"], weight, *tail, power)
+    dense, _ = attention_reference(case["q"], case["k"], case["v"], *tail)
+    assert torch.equal(out, dense)
+    assert mass.shape == (b, sets, s, t)
+    # Values that are one-hot over keys give the probabilities back.
+    onehot = torch.eye(t).expand(b, case["k"].shape[1], t, t)
+    seen, _ = attention_reference(case["q"], case["k"], onehot, *tail)
+    wanted = torch.stack([(seen**power * row[None, :, None, None]).sum(1) for row in weight], 1)
+    allowed, bias = meaning(case)
+    readable = (allowed if bias is None else allowed & (bias > -math.inf)).any(1)
+    for n in range(sets):
+        torch.testing.assert_close(mass[:, n][readable], wanted[:, n][readable], atol=1e-5, rtol=1e-4)
+        assert (mass[:, n][~readable] == -math.inf).all()
+
+
+@given(data=st.data())
+def test_selected_are_both_ends_and_the_largest_mass(data: Any) -> None:
+    t = data.draw(st.integers(1, 12))
+    first, last = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+    topk = data.draw(st.integers(max(1, first + last), 14))
+    values = st.sampled_from([-math.inf, 0.0, 0.25, 0.5, 1.0])
+    row = data.draw(st.lists(values, min_size=t, max_size=t))
+    (got,) = select_topk_reference(torch.tensor(row).view(1, 1, 1, t), None, topk, first, last).flatten(0, 2)
+    readable = [i for i in range(t) if row[i] > -math.inf]
+    ends = {i for i in readable if i < readable[0] + first or i > readable[-1] - last}
+    ranked = sorted(readable, key=lambda i: (i not in ends, -row[i], i))[:topk]
+    assert got.tolist() == sorted(ranked) + [-1] * (topk - len(ranked))
+
+
 # -- the selection -----------------------------------------------------------------------------------
 
 
@@ -343,6 +381,10 @@ def arguments(op: str, s: int = 3, per_kv_head: bool = False) -> tuple[Any, ...]
             q, k, torch.randn(2, 4, s), None, mask, None, [], 4, 0.3, LIGHTNING.text, "kv <= q",
             per_kv_head,
         ),
+        "attention_mass": (
+            q, k, v, torch.rand(3, 4), mask, None, [], None, 0.3, 0.0, "kv <= q", 0.5
+        ),
+        "select_topk": (torch.rand(2, 3, s, 10), None, 4, 1, 1),
         "mask_bounds": (q, mask, [], 4, 10, "kv <= q"),
     }[op]  # fmt: skip
 

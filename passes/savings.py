@@ -1,0 +1,119 @@
+"""Savings: what a step no longer reads and computes because of what layers share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import SymInt
+from torch.fx import Graph, Node
+
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.plan import Plan, Savings
+from clsa_compile.ir.sites import AttentionSite, IndexerSite, Operand, Sites
+from clsa_compile.ir.strip import is_stripped
+from clsa_compile.passes.reclaim import Dying, operands, replaced
+
+# A parameter's source as Dynamo writes it: L['self']._modules['a']._modules['0']._parameters['weight'].
+_STEP = re.compile(r"\._(?:modules|parameters)\['([^']+)'\]")
+
+
+def savings(captured: Captured, sites: Sites, plan: Plan, reclaimed: Iterable[Node] = ()) -> Savings | None:
+    """Returns what a call of this graph no longer touches, with full caches; None where nothing is shared.
+
+    Sizes that are not known count as they are in the call that was captured.
+    """
+    by_ordinal = {site.ordinal: site for site in sites.attention}
+    shared = [by_ordinal[m] for m in plan.shares]
+    sparse = [(by_ordinal[m], p) for p in plan.pools for m in p.members if m not in p.sources]
+    if not shared and not sparse:
+        return None
+    dying = Dying([*replaced(sites, plan), *reclaimed], operands(sites, plan))
+    idle = {path: value for path, value in _parameters(captured.graph, dying)}
+    indexers = [site.indexer for site in shared if site.indexer is not None]
+    scanned = [_scan(indexer) for indexer in indexers]
+    skipped = [_skipped(site, pool.topk) for site, pool in sparse]
+    # Each weight of a projection is multiplied and added once a row.
+    rows = max((_rows(indexer.q) for indexer in indexers), default=0)
+    projected = sum(2 * rows * value.numel() for value in idle.values() if value.dim() == 2)
+    counts = [*scanned, *skipped]
+    return Savings(
+        idle=tuple(idle),
+        weight_bytes=sum(value.numel() * value.itemsize for value in idle.values()),
+        cache_bytes=sum(size for size, _ in counts),
+        flops=sum(flops for _, flops in counts) + projected,
+    )
+
+
+def _parameters(graph: Graph, dying: Dying) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yields (path in the model, value) of parameters that only nodes read which will go."""
+    for node in graph.nodes:
+        if node.op != "placeholder" or not node.users:
+            continue
+        path = _path(node)
+        if path and all(dying(user) for user in node.users):
+            yield path, node.meta["val"]
+
+
+def stripped(graph: Graph) -> list[str]:
+    """Returns the paths of a graph's parameters that were freed, for a plan that does not read them."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.users and _path(n)]
+    return [_path(n) for n in inputs if is_stripped(n.meta["val"])]
+
+
+def _path(node: Node) -> str:
+    """Returns a parameter's path in the model, "" for any other input."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    text = name() if callable(name) else str(name)
+    return ".".join(_STEP.findall(text)) if "._parameters[" in text else ""
+
+
+def _scan(indexer: IndexerSite) -> tuple[int, int]:
+    """Returns (bytes, flops) of scoring all index keys."""
+    b, heads, s, width = _sizes(indexer.q)
+    keys = _sizes(indexer.k)[2]
+    item = indexer.k.root.meta["val"].itemsize
+    return b * keys * width * item, 2 * b * heads * s * keys * width
+
+
+def _skipped(site: AttentionSite, topk: int) -> tuple[int, int]:
+    """Returns (bytes, flops) of attending to all keys but `topk`."""
+    b, heads, s, width = _sizes(site.q)
+    kv_heads, keys = _sizes(site.k)[1:3]
+    widths = width + _sizes(site.v)[3]
+    left = max(keys - topk, 0)
+    item = site.k.root.meta["val"].itemsize
+    return b * kv_heads * left * widths * item, 2 * b * heads * s * left * widths
+
+
+def _rows(operand: Operand) -> int:
+    b, _, s, _ = _sizes(operand)
+    return b * s
+
+
+def _sizes(operand: Operand) -> tuple[int, ...]:
+    shape = operand.root.meta["val"].shape
+    return tuple(1 if d is None else _example(shape[d]) for d in operand.dims)
+
+
+def _example(size: Any) -> int:
+    """Returns a size's example value; reading a hint adds no guard."""
+    return int(size.node.hint or 0) if isinstance(size, SymInt) else int(size)
+
+
+def in_words(saved: Savings) -> str:
+    """Returns one line for people."""
+    parts = [f"{_short(saved.cache_bytes, 'B')} of caches", f"{_short(saved.weight_bytes, 'B')} of weights"]
+    read = " and ".join(part for part in parts if not part.startswith("0 "))
+    return f"a call no longer reads {read}, and computes {_short(saved.flops, 'flop')} less, with full caches"
+
+
+def _short(count: int, unit: str) -> str:
+    if count < 1000:
+        return f"{count} {unit}"
+    power = min(int(math.log10(count)) // 3, 5)
+    return f"{count / 1000**power:.3g} {'kMGTP'[power - 1]}{unit}"
