@@ -487,11 +487,21 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     return _laid_out(out), lse
 
 
+def _attention_mass(*args: Any) -> tuple[Tensor, Tensor]:
+    out, mass = attention_mass_reference(*args)
+    return _laid_out(out), mass
+
+
 def _sparse_attention(*args: Any) -> Tensor:
     return _laid_out(sparse_attention_reference(*args))
 
 
-_CALLABLE = {**REFERENCES, "attention": _attention, "sparse_attention": _sparse_attention}
+_CALLABLE = {
+    **REFERENCES,
+    "attention": _attention,
+    "attention_mass": _attention_mass,
+    "sparse_attention": _sparse_attention,
+}
 for _name, _implementation in _CALLABLE.items():
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"clsa::{_name}", _FAKES[_name], lib=_LIBRARY)
