@@ -489,7 +489,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_mass(*args: Any) -> tuple[Tensor, Tensor]:
     out, mass = attention_mass_reference(*args)
-    return _laid_out(out), mass
+    return _laid_out(out), mass.contiguous()
 
 
 def _sparse_attention(*args: Any) -> Tensor:
