@@ -3,16 +3,26 @@
     fast = torch.compile(model, backend="clsa")
 
 compiles decoders exactly: selections that a model makes are attended sparsely, everything else reads
-each key once. `inspect` says what was found and what will be done with it.
+each key once. `inspect` says what was found and what will be done with it. `search` finds which layers of a
+dense model may share tokens, and `evaluate` what that costs.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from clsa_compile.backend import ClsaWarning
 from clsa_compile.config import Options
-from clsa_compile.errors import ClsaError, OptionError, StrictError
+from clsa_compile.errors import ClsaError, OptionError, PlanError, StrictError
 from clsa_compile.inspection import Report, inspect
 from clsa_compile.ir.plan import Group, Plan, SitePlan
+from clsa_compile.ir.sharing import SharingPlan
+
+if TYPE_CHECKING:
+    from clsa_compile.calibration.judging import evaluate
+    from clsa_compile.calibration.quality import Quality
+    from clsa_compile.calibration.searching import search
 
 __version__ = "0.1.0"
 
@@ -23,8 +33,22 @@ __all__ = [
     "OptionError",
     "Options",
     "Plan",
+    "PlanError",
+    "Quality",
     "Report",
+    "SharingPlan",
     "SitePlan",
     "StrictError",
+    "evaluate",
     "inspect",
+    "search",
 ]
+
+# Only a search or an evaluation needs these: importing clsa_compile stays cheap.
+_LAZY = {"Quality": "quality", "evaluate": "judging", "search": "searching"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"clsa_compile.calibration.{_LAZY[name]}"), name)

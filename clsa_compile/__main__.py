@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from clsa_compile.commands import COMMANDS
 from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.inspection import Report, inspect
 
@@ -30,12 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     look.add_argument("--cache", type=int, default=4096, help="tokens that the static cache holds")
     look.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     look.add_argument("--json", action="store_true", help="print the report as JSON")
+    look.set_defaults(run=_run_inspect)
+    for add in COMMANDS:
+        add(commands)
     arguments = parser.parse_args(argv)
     try:
-        report = _inspect(arguments.config, arguments.attention, arguments.tokens, arguments.cache)
+        return int(arguments.run(arguments))
     except ClsaError as error:
         print(f"clsa: {error}", file=sys.stderr)
         return 2
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    report = _inspect(arguments.config, arguments.attention, arguments.tokens, arguments.cache)
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
     return 0
 

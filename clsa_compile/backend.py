@@ -23,6 +23,7 @@ from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, Stri
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.routing import Request
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
@@ -30,6 +31,7 @@ from clsa_compile.passes.group import Sharing
 from clsa_compile.passes.lower import Choice
 from clsa_compile.passes.pipeline import Decision, carry_out, decide, uuid
 from clsa_compile.passes.savings import stripped
+from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import anchors
 
@@ -138,6 +140,8 @@ def requested(options: Options) -> Request | None:
     """Returns what the options ask of dense layers."""
     if options.topk is None:
         return None
+    if isinstance(options.share, SharingPlan):
+        return Request(planned.route(options.share), options.prefill == "sparse")
     dense = Dense(
         options.topk,
         options.share,
@@ -151,7 +155,9 @@ def requested(options: Options) -> Request | None:
 
 def sharing(options: Options) -> Sharing | None:
     """Returns which layer reads which one's index, as a function of what the model does."""
-    return None if options.share == "off" else partial(anchors, options.share)
+    if options.share == "off" or isinstance(options.share, SharingPlan):
+        return None
+    return partial(anchors, options.share)
 
 
 def variants_for(captured: Captured, options: Options) -> tuple[Variant, ...]:

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.routing import MOST_TOKENS
+from clsa_compile.ir.sharing import SCOPES, SharingPlan
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-SCOPES = ("layer", "kv_head")
 PREFILLS = ("dense", "sparse")
-# The most tokens of a selection that kernels hold.
-MOST_TOKENS = 4096
 # What only means something for dense layers, and so needs `topk`.
 _DENSE = ("scope", "dense_layers", "keep_first", "keep_last", "prefill")
+# What a sharing plan says by itself.
+_PLANNED = ("scope", "dense_layers", "keep_first", "keep_last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Options:
     """
 
     topk: int | None = None
-    share: int | str = "off"
+    share: int | str | SharingPlan = "off"
     scope: str = "layer"
     dense_layers: int = 0
     keep_first: int = 4
@@ -77,6 +78,7 @@ class Options:
             given.setdefault("dump", os.environ["CLSA_DUMP"])
         if "CLSA_STRICT" in os.environ:
             given.setdefault("strict", os.environ["CLSA_STRICT"] not in ("", "0"))
+        _take_plan(given)
         for key in _DENSE:
             if key in given and given.get("topk") is None:
                 raise OptionError(f"the option {key!r} is for dense layers, and needs 'topk'")
@@ -112,7 +114,7 @@ class Options:
             ("autotune", isinstance(self.autotune, bool), "True or False"),
         )
         if wrong := _share_problem(self.share):
-            accepted = "'off', a number from 1, a schedule such as 'FSSS'"
+            accepted = "'off', a number from 1, a schedule such as 'FSSS', a SharingPlan or its .json file"
             raise OptionError(f"the option 'share' is {self.share!r}: {wrong}; accepted: {accepted}")
         for name, ok, accepted in checks:
             if not ok:
@@ -130,9 +132,28 @@ class Options:
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        names = ("topk", "share", *_DENSE, "reclaim", "strict", "mode", "autotune")
+        names = ("topk", *_DENSE, "reclaim", "strict", "mode", "autotune")
         ours = ";".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{ours};inductor={inductor}"
+        share = self.share.digest() if isinstance(self.share, SharingPlan) else repr(self.share)
+        return f"share={share};{ours};inductor={inductor}"
+
+
+def _take_plan(given: dict[str, Any]) -> None:
+    """Reads a plan's file, and puts what a plan says in place of options that must not contradict it."""
+    share = given.get("share")
+    if isinstance(share, os.PathLike) or (isinstance(share, str) and share.endswith(".json")):
+        given["share"] = share = SharingPlan.load(share)
+    if not isinstance(share, SharingPlan):
+        return
+    for key in _PLANNED:
+        if key in given:
+            raise OptionError(f"the option {key!r} comes from the plan in 'share'; leave it out")
+    if given.get("topk", share.topk) != share.topk:
+        raise OptionError(
+            f"topk={given['topk']!r} and the plan's {share.topk} contradict each other; leave 'topk' out, "
+            "or search for a plan with that number"
+        )
+    given.update(topk=share.topk, scope=share.scope, keep_first=share.keep_first, keep_last=share.keep_last)
 
 
 def _is_count(value: object, least: int, most: float = math.inf) -> bool:
@@ -141,7 +162,7 @@ def _is_count(value: object, least: int, most: float = math.inf) -> bool:
 
 def _share_problem(share: object) -> str:
     """Returns what is wrong with the option `share`, "" if nothing is, before any layer is known."""
-    if share == "off":
+    if share == "off" or isinstance(share, SharingPlan):
         return ""
     if isinstance(share, bool) or not isinstance(share, int | str):
         return f"a {type(share).__name__} is no schedule"

@@ -11,6 +11,10 @@ class OptionError(ClsaError, ValueError):
     """An option that is unknown, has the wrong type, or an impossible value."""
 
 
+class PlanError(OptionError):
+    """A sharing plan that cannot be read, contradicts itself, or is for another model."""
+
+
 class CaptureError(ClsaError, RuntimeError):
     """A graph that could not be brought into the dialect that passes read."""
 

@@ -29,6 +29,20 @@ def shareable(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
     return [site for site, length in zip(able, lengths, strict=True) if length == max(lengths)]
 
 
+def layer(site: AttentionSite) -> Layer:
+    """Returns what a route is told of a layer."""
+    return Layer(
+        ordinal=site.ordinal,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        path=site.path,
+        width=_example(_size_of(site.k, 3)),
+        value_width=_example(_size_of(site.v, 3)),
+        scale=site.scale,
+        softcap=site.softcap,
+    )
+
+
 def _example(size: Any) -> int:
     """Returns a size's example value; reading a hint adds no guard."""
     return size if isinstance(size, int) else int(size.node.hint or 0)
@@ -54,8 +68,7 @@ def is_window(condition: Any) -> bool:
 def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool, ...], dict[int, str]]:
     """Returns the pools of a graph, in order of their anchors, and why other members stay dense."""
     able = shareable(sites)
-    layers = [Layer(site.ordinal, site.heads, site.kv_heads, site.path) for site in able]
-    asked = request.route(layers)
+    asked = request.route([layer(site) for site in able])
     by_ordinal = {site.ordinal: site for site in able}
     kept: dict[int, str] = {}
     pools = []
@@ -95,6 +108,6 @@ def _size(site: AttentionSite, name: str) -> Any:
     return sym(_size_of(getattr(site, name)))
 
 
-def _size_of(operand: Operand) -> Any:
-    axis = operand.dims[2]
+def _size_of(operand: Operand, role: int = 2) -> Any:
+    axis = operand.dims[role]
     return 1 if axis is None else operand.root.meta["val"].shape[axis]

@@ -40,7 +40,7 @@ TABLE = {
     "kernel script": rule("errors ir kernels", "torch sympy triton rich timing kernel_times roofline"),
     DRIVER: rule(
         "errors config ir policies passes kernels driver public",
-        "torch sympy networkx jinja2 rich transformers triton",
+        "torch sympy networkx jinja2 rich transformers triton safetensors matplotlib",
     ),
 }
 SCRIPTS = ("examples", "benchmarks")

@@ -10,18 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The most tokens of a selection that kernels hold.
+MOST_TOKENS = 4096
 # One row of weights a set of tokens, one weight a head.
 Weights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A dense attention that may share: `ordinal` counts a graph's attentions in order of execution."""
+    """A dense attention that may share: `ordinal` counts a graph's attentions in order of execution.
+
+    width and value_width are those of a head's keys and values. `path` is the module's, for people.
+    """
 
     ordinal: int
     heads: int
     kv_heads: int
     path: str = ""
+    width: int = 0
+    value_width: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import pytest
 
 from clsa_compile.config import MODES, Options
 from clsa_compile.errors import ClsaError, OptionError
+from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.sharing import SharingPlan
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +77,6 @@ def test_what_is_for_dense_layers_needs_a_number_of_tokens(key: str) -> None:
         ({"share": None}, "a NoneType is no schedule"),
         ({"share": ""}, "consists of F"),
         ({"share": "fsss"}, "consists of F"),
-        ({"share": "plan.json"}, "consists of F"),
         ({"share": "SF"}, "before the first F there is no index"),
         ({"reclaim": 1}, "True or False"),
         ({"strict": 1}, "True or False"),
@@ -151,3 +152,52 @@ def test_identities_differ_where_the_result_may() -> None:
     assert len({v.identity() for v in variants}) == len(variants)
     assert Options(inductor={"a": 1, "b": 2}).identity() == Options(inductor={"b": 2, "a": 1}).identity()
     assert Options(dump="x").identity() == Options().identity(), "a dump changes no result"
+
+
+PLAN = SharingPlan(
+    64,
+    (Layer(0, 1, 1), Layer(1, 1, 1)),
+    (Pool(0, 64, {0: ((1.0,),)}, (1,), keep_first=2, keep_last=8),),
+    2,
+    8,
+)
+
+
+def test_a_plan_brings_its_own_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    for share in (PLAN, path, str(path)):
+        options = Options.read({"share": share, "prefill": "sparse"})
+        assert options.share == PLAN
+        assert (options.topk, options.keep_first, options.keep_last, options.scope) == (64, 2, 8, "layer")
+        assert Options.read({"share": share, "topk": 64}) == Options.read({"share": share})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topk": 32}, "topk=32 and the plan's 64 contradict each other"),
+        ({"topk": None}, "topk=None and the plan's 64 contradict"),
+        ({"keep_first": 2}, "'keep_first' comes from the plan in 'share'; leave it out"),
+        ({"scope": "layer"}, "'scope' comes from the plan"),
+        ({"dense_layers": 0}, "'dense_layers' comes from the plan"),
+    ],
+)
+def test_what_a_plan_says_is_not_said_twice(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Options.read({"share": PLAN, **options})
+
+
+def test_a_file_that_is_no_plan_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"nowhere.json' cannot be read"):
+        Options.read({"share": "nowhere.json"})
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(OptionError, match="no sharing plan"):
+        Options.read({"share": tmp_path / "plan.json"})
+
+
+def test_another_plan_is_another_identity() -> None:
+    other = replace(PLAN, data="other")
+    identities = {Options.read({"share": plan}).identity() for plan in (PLAN, other)}
+    assert len(identities) == 2
+    assert Options.read({"share": PLAN}).identity() == Options.read({"share": PLAN}).identity()

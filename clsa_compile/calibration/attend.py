@@ -1,0 +1,235 @@
+"""Attention a few rows at a time, in torch: what contract ops compute, without a T x T tensor a head.
+
+It runs on every device, has gradients, and lets a caller see the probabilities of any rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+
+__all__ = ["Masks", "Operands", "best", "dense", "massed", "sparse"]
+
+# Elements of the scores of one block of rows, over all heads.
+BLOCK = 1 << 23
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What a contract attention reads; see `ir/ops.py`. `causal` says that its mask is kv <= q, no more."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    mask_inputs: tuple[Tensor, ...]
+    sinks: Tensor | None
+    scale: float
+    softcap: float
+    predicate: str
+    causal: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """True where torch's own fused attention computes it, given the rows' mask."""
+        return self.mask is None and self.sinks is None and not self.softcap
+
+    def blocks(self, heads: int | None = None) -> Iterator[tuple[Tensor, int]]:
+        """Yields blocks of rows, and one past the last key that they may read; `heads` are held at once."""
+        queries, keys = self.q.shape[2], self.k.shape[2]
+        held = self.q.shape[0] * (self.q.shape[1] if heads is None else heads)
+        step = max(1, BLOCK // (held * keys))
+        for start in range(0, queries, step):
+            end = min(start + step, queries)
+            yield torch.arange(start, end, device=self.q.device), end if self.causal else keys
+
+    def scores(self, rows: Tensor, end: int) -> Tensor:
+        """Returns fp32 scores [B, H, len(rows), end], -inf where a key may not be read."""
+        q, k = self.q[:, :, rows], self.k[:, :, :end]
+        b, h, s, d = q.shape
+        hkv = k.shape[1]
+        grouped = q.reshape(b, hkv, h // hkv * s, d)
+        scores = (grouped @ k.transpose(-1, -2)).float().mul(self.scale).view(b, h, s, end)
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            scores = scores + _rows_of(self.mask, rows, end).float()
+        allowed = self.allowed(rows, end)
+        return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+
+    def allowed(self, rows: Tensor, end: int) -> Tensor | None:
+        """Returns which keys may be read, broadcastable to [B, H, len(rows), end], or None for all."""
+        boolean = self.mask is not None and self.mask.dtype == torch.bool
+        valid = _rows_of(self.mask, rows, end) if boolean and self.mask is not None else None
+        if not self.predicate:
+            return valid
+        sizes = (self.q.shape[0], self.q.shape[1], 1, end)
+        grid = {**index_grid(sizes, self.q.device), "q": rows.view(1, 1, -1, 1)}
+        met = predicate_to_torch(_parsed(self.predicate), grid, self.mask_inputs)
+        return met if valid is None else met & valid
+
+    def probabilities(self, rows: Tensor, end: int) -> Tensor:
+        """Returns the fp32 softmax [B, H, len(rows), end]; a sink takes its share, empty rows are 0."""
+        return _softmax(self.scores(rows, end), self.sinks)
+
+    def weigh(self, probabilities: Tensor) -> Tensor:
+        """Returns the values' sum [B, H, rows, Dv] by probabilities [B, H, rows, keys]."""
+        b, h, s, keys = probabilities.shape
+        v = self.v[:, :, :keys]
+        grouped = probabilities.to(v.dtype).reshape(b, v.shape[1], -1, keys)
+        return (grouped @ v).view(b, h, s, v.shape[-1])
+
+
+class Masks:
+    """Knows which masks of a run are causal; each is looked at once."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[str, tuple[Tensor, ...], tuple[int, ...], bool]] = []
+
+    def operands(self, args: Sequence[Any]) -> Operands:
+        """Returns the operands of a contract attention from (q, k, v, mask, bounds, mask_inputs, ...)."""
+        q, k, v, mask, _, inputs, sinks, scale, softcap, predicate = args[:10]
+        found = Operands(q, k, v, mask, tuple(inputs), sinks, scale, softcap, predicate)
+        if mask is not None or q.shape[2] != k.shape[2]:
+            return found
+        return replace(found, causal=self._causal(found))
+
+    def _causal(self, call: Operands) -> bool:
+        sizes = (call.q.shape[0], call.q.shape[2])
+        for predicate, inputs, known, answer in self._seen:
+            same = len(inputs) == len(call.mask_inputs) and all(map(_is, inputs, call.mask_inputs))
+            if same and (predicate, known) == (call.predicate, sizes):
+                return answer
+        answer = all(_is_causal(call.allowed(rows, end), rows, end) for rows, end in call.blocks())
+        self._seen.append((call.predicate, call.mask_inputs, sizes, answer))
+        return answer
+
+
+def dense(call: Operands) -> Tensor:
+    """Returns dense attention [B, H, S, Dv]; with gradients it is computed again for them."""
+    if call.plain and call.causal:
+        return _laid_out(_fused(call, call.q, call.k, call.v, None))
+    parts = []
+    for rows, end in call.blocks():
+
+        def block(q: Tensor, k: Tensor, v: Tensor, rows: Tensor = rows, end: int = end) -> Tensor:
+            ours = replace(call, q=q, k=k, v=v)
+            return ours.weigh(ours.probabilities(rows, end))
+
+        given = (call.q, call.k, call.v)
+        tracked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        parts.append(checkpoint(block, *given, use_reentrant=False) if tracked else block(*given))
+    return _laid_out(torch.cat(parts, 2))
+
+
+def massed(call: Operands, weight: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """Returns dense attention and the mass fp32 [B, N, S, T] of weight [N, H], -inf where none may read."""
+    b, h, s, _ = call.q.shape
+    mass = call.q.new_full((b, weight.shape[0], s, call.k.shape[2]), -math.inf, dtype=torch.float32)
+    parts = []
+    for rows, end in call.blocks():
+        scores = call.scores(rows, end)
+        readable = (scores > -math.inf).any(1, keepdim=True)
+        probabilities = _softmax(scores, call.sinks)
+        parts.append(call.weigh(probabilities))
+        # Square roots in place: the usual power, and the values have been weighed already.
+        seen = probabilities.sqrt_() if power == 0.5 else probabilities**power
+        pooled = (weight.to(seen) @ seen.reshape(b, h, -1)).view(b, -1, len(rows), end)
+        mass[:, :, rows, :end] = pooled.masked_fill(~readable, -math.inf)
+    return _laid_out(torch.cat(parts, 2)), mass
+
+
+def best(mass: Tensor, topk: int, keep_first: int, keep_last: int) -> Tensor:
+    """Returns the boolean mask [B, N, S, T] of the tokens that `clsa::select_topk` names."""
+    chosen = torch.empty_like(mass, dtype=torch.bool)
+    keys = mass.shape[-1]
+    step = max(1, BLOCK // (mass.shape[0] * mass.shape[1] * keys))
+    for start in range(0, mass.shape[2], step):
+        block = mass[:, :, start : start + step]
+        readable = block > -math.inf
+        block = torch.where(ends(readable, keep_first, keep_last), math.inf, block)
+        if topk >= keys:
+            chosen[:, :, start : start + step] = readable
+            continue
+        least = block.topk(topk, -1, sorted=False).values.amin(-1, keepdim=True)
+        above, ties = block > least, (block == least) & readable
+        room = topk - above.sum(-1, keepdim=True)
+        if bool((ties.sum(-1, keepdim=True) > room).any()):
+            ties &= ties.cumsum(-1) <= room
+        chosen[:, :, start : start + step] = above | ties
+    return chosen
+
+
+def ends(readable: Tensor, keep_first: int, keep_last: int) -> Tensor:
+    """Returns which of the readable tokens [..., T] are always selected: those at both ends."""
+    keys = readable.shape[-1]
+    positions = torch.arange(keys, device=readable.device)
+    start = torch.where(readable, positions, keys).amin(-1, keepdim=True)
+    end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
+    return readable & ((positions < start + keep_first) | (positions >= end - keep_last))
+
+
+def sparse(call: Operands, chosen: Tensor) -> Tensor:
+    """Returns attention [B, H, S, Dv] over the tokens of the boolean mask [B, 1|Hkv, S, T]."""
+    keys = call.k.shape[2]
+    heads = call.q.shape[1]
+    whole = chosen if chosen.shape[1] == 1 else chosen.repeat_interleave(heads // chosen.shape[1], 1)
+    parts = []
+    for rows, _ in call.blocks(whole.shape[1] if call.plain else None):
+        picked = whole[:, :, rows]
+        allowed = call.allowed(rows, keys)
+        picked = picked if allowed is None else picked & allowed
+        if call.plain and bool(picked.any(-1).all()):
+            parts.append(_fused(call, call.q[:, :, rows], call.k, call.v, picked))
+            continue
+        scores = call.scores(rows, keys).masked_fill(~picked, -math.inf)
+        parts.append(call.weigh(_softmax(scores, call.sinks)))
+    return _laid_out(torch.cat(parts, 2))
+
+
+def _fused(call: Operands, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    if sinks is not None:
+        sink = sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    # A row without a key to read is padding: zeros, not NaN.
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def _rows_of(mask: Tensor, rows: Tensor, end: int) -> Tensor:
+    part = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+    return part if mask.shape[-1] == 1 else part[..., :end]
+
+
+def _is_causal(allowed: Tensor | None, rows: Tensor, end: int) -> bool:
+    positions = torch.arange(end, device=rows.device)
+    return allowed is not None and bool((allowed == (positions <= rows.view(-1, 1))).all())
+
+
+def _laid_out(out: Tensor) -> Tensor:
+    """Returns [B, H, S, Dv] in memory order [B, S, H, Dv], as contract ops give it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+@cache
+def _parsed(predicate: str) -> Any:
+    return parse_predicate(predicate)

@@ -1,0 +1,278 @@
+"""A model's forward as graphs: captured once a length, rewritten for a plan, and run as they are."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from clsa_compile.calibration import attend
+from clsa_compile.capture.dynamo import GraphBreak, capture
+from clsa_compile.errors import ClsaError, OptionError
+from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.ops import contract_op
+from clsa_compile.ir.routing import Layer, Request
+from clsa_compile.passes.pipeline import decide
+from clsa_compile.passes.rewrite import rewrite
+from clsa_compile.passes.route import layer, shareable
+
+__all__ = ["Forward", "Graph", "Tap"]
+
+aten = torch.ops.aten
+
+# Sees an attention of a run: its layer (counted among those that may share), what it read, its output, and
+# the tokens it attended to where those were chosen. What it returns goes on in place of the output.
+Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
+
+_PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default)
+# What may follow the head's product: row by row, with constants.
+_POINTWISE = (
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.div.Scalar,
+    aten.div.Tensor,
+    aten.mul.Scalar,
+    aten.mul.Tensor,
+    aten.tanh.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+)
+
+
+class _Stop(BaseException):
+    """Ends a captured call before it computes anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows."""
+
+    module: GraphModule
+    inputs: tuple[Any, ...]
+    slot: int
+    layers: tuple[int | None, ...]
+    head: GraphModule | None
+
+    def run(self, ids: Tensor, tap: Tap | None = None) -> tuple[Tensor, tuple[Any, ...]]:
+        """Returns the hidden states [1, T, E] of ids [1, T], and what the head reads besides.
+
+        `tap` sees the attentions of all layers that may share, as they run. Without gradients unless they
+        are enabled; weights get none.
+        """
+        given = list(self.inputs)
+        given[self.slot] = ids
+        hidden, *others = _Run(self.module, self.layers, tap).run(*given)
+        return hidden, tuple(others)
+
+    def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
+        """Returns the logits [1, n, V] of hidden states [1, n, E]."""
+        return hidden if self.head is None else self.head(hidden, *others)
+
+
+class Forward:
+    """A model's forward over ids [1, T] for one T. Raises OptionError for a model that cannot share."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self._source, self._inputs, self._slot = _traced(model, ids)
+        paths = {} if not isinstance(model, torch.nn.Module) else dict(model.named_modules())
+        captured = capture(self._source)
+        self._attentions = decide(captured).sites.attention
+        _refuse(self._attentions)
+        found = [layer(site) for site in shareable(self._attentions)]
+        self.ordinals = tuple(entry.ordinal for entry in found)
+        self.layers = tuple(_named(entry, i, paths) for i, entry in enumerate(found))
+        self.attentions = len(self._attentions)
+
+    def graph(self, request: Request | None = None) -> Graph:
+        """Returns the graph rewritten for what was asked of dense layers; without a request, dense."""
+        captured = capture(self._source)
+        decision = decide(captured, request=request)
+        rewrite(captured, decision.sites, decision.plan)
+        members = {m for pool in decision.plan.pools for m in pool.members}
+        positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
+        ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], members)
+        layers = tuple(None if o is None else positions.get(o) for o in ordinals)
+        return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured))
+
+
+class _Run(Interpreter):
+    """Runs a graph node by node, with attention a few rows at a time."""
+
+    def __init__(self, module: GraphModule, layers: Sequence[int | None], tap: Tap | None) -> None:
+        super().__init__(module)
+        self._layers = iter(layers)
+        self._tap = tap
+        self._masks = attend.Masks()
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch._C._set_grad_enabled:
+            return None  # the caller has decided
+        op = contract_op(target)
+        return super().call_function(target, args, kwargs) if op is None else getattr(self, f"_{op}")(*args)
+
+    def _attention(self, *args: Any) -> Any:
+        call = self._masks.operands(args)
+        return self._seen(call, attend.dense(call), None), None
+
+    def _attention_mass(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *args: Any) -> Any:
+        call = self._masks.operands((q, k, v, *args))
+        out, mass = attend.massed(call, weight, args[-1])
+        return self._seen(call, out, None), mass
+
+    def _select_topk(self, mass: Tensor, _: Any, topk: int, keep_first: int, keep_last: int) -> Tensor:
+        # A mask in place of indices: slices and concatenations of sets mean the same on both.
+        return attend.best(mass, topk, keep_first, keep_last)
+
+    def _sparse_attention(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *args: Any) -> Tensor:
+        call = self._masks.operands((q, k, v, *args))
+        return self._seen(call, attend.sparse(call, chosen), chosen)
+
+    def _mask_bounds(self, *_: Any) -> None:
+        return None  # a hint that rows do not need
+
+    def _seen(self, call: attend.Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+        number = next(self._layers)
+        return out if number is None or self._tap is None else self._tap(number, call, out, chosen)
+
+
+def _traced(model: Any, ids: Tensor) -> tuple[GraphModule, tuple[Any, ...], int]:
+    """Returns Dynamo's graph of one forward, its inputs, and which of them are the ids."""
+    kept: dict[str, Any] = {}
+
+    def keep(module: GraphModule, _: Any, **__: Any) -> Callable[..., Any]:
+        def stop(*inputs: Any) -> Any:
+            kept["inputs"] = inputs
+            raise _Stop
+
+        kept["module"] = module
+        return stop
+
+    settings = {"use_cache": False} if _takes(model, "use_cache") else {}
+    by_name = _takes(model, "input_ids")
+
+    def call(ids: Tensor) -> Any:
+        out = model(input_ids=ids, **settings) if by_name else model(ids, **settings)
+        if isinstance(out, Tensor):
+            return out
+        return out[0] if isinstance(out, tuple) else out.logits
+
+    # Dynamo caches by code object: a code of its own leaves the model's cache alone.
+    code = call.__code__.replace(co_name="calibrated")
+    fresh = types.FunctionType(code, globals(), "calibrated", None, call.__closure__)
+    try:
+        with torch.no_grad():
+            torch.compile(fresh, backend=keep, fullgraph=True, dynamic=False)(ids)
+    except _Stop:
+        pass
+    except GraphBreak as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(
+            f"the model's forward is no single graph, so layers cannot be told what others chose: {reason}"
+        ) from error
+    if "inputs" not in kept:
+        raise OptionError("the model's forward computes nothing that can be captured")
+    slots = [i for i, value in enumerate(kept["inputs"]) if value is ids]
+    if not slots:
+        raise OptionError("the model's forward does not read its first argument as ids")
+    inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in kept["inputs"])
+    return kept["module"], inputs, slots[0]
+
+
+def _takes(model: Any, name: str) -> bool:
+    return name in inspect.signature(getattr(model, "forward", model)).parameters
+
+
+def _refuse(attentions: Sequence[Any]) -> None:
+    """Guards a search against models in which there is nothing to find."""
+    if any(site.has_selection for site in attentions):
+        raise OptionError(
+            "this model selects tokens by itself, with an indexer that it was trained with: 'share' alone, "
+            "a number or a schedule, lets its layers share an index; nothing is to be searched"
+        )
+    found = len(shareable(attentions)) if attentions else 0
+    if found < 2:
+        raise OptionError(
+            f"{found} of the model's {len(attentions)} attentions that clsa understands are dense over all "
+            "tokens; to share, it takes 2 at least. clsa_compile.inspect says what was found"
+        )
+
+
+def _named(entry: Layer, number: int, modules: dict[str, Any]) -> Layer:
+    """Returns a layer with its number among those that may share, and its path in the model."""
+    pieces = entry.path.split(".")
+    endings = (".".join(pieces[i:]) for i in range(len(pieces)))
+    path = next((ending for ending in endings if ending in modules), entry.path)
+    fields = {name: getattr(entry, name) for name in Layer.__slots__}
+    return Layer(**{**fields, "ordinal": number, "path": path})
+
+
+def _sites_of(captured: Captured, ordinals: Sequence[int], members: set[int]) -> list[int | None]:
+    """Returns for each attention op of a rewritten graph the site it came from; sites are in the same order.
+
+    A layer that chooses for itself has two: what measures the mass is None, its output is not used.
+    """
+    found: list[int | None] = []
+    coming = iter(ordinals)
+    pending: int | None = None
+    for node in captured.graph.nodes:
+        op = contract_op(node.target)
+        if op not in ("attention", "attention_mass", "sparse_attention"):
+            continue
+        current = next(coming) if pending is None else pending
+        twice = op == "attention_mass" and current in members
+        found.append(None if twice else current)
+        pending = current if twice else None
+    return found
+
+
+def _cut(captured: Captured) -> GraphModule | None:
+    """Lets a graph end at the hidden states; returns what makes logits of them and of what it read besides.
+
+    None, and a graph that ends at the logits, where these are not made row by row.
+    """
+    graph = captured.graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    chain = _head(output.args[0][0])
+    if not chain:
+        return None
+    read = [a for a in chain[0].args if isinstance(a, Node)]
+    head = torch.fx.Graph()
+    copies = {node: head.placeholder(node.name) for node in read}
+    for node in chain:
+        copies[node] = head.node_copy(node, copies.__getitem__)
+    head.output(copies[chain[-1]])
+    output.args = (tuple(read),)
+    for node in reversed(chain):
+        graph.erase_node(node)
+    captured.module.recompile()
+    return GraphModule(torch.nn.Module(), head)
+
+
+def _head(logits: Any) -> list[Node]:
+    """Returns the nodes from the head's product to the logits, none where anything else is among them."""
+    chain: list[Node] = []
+    node = logits
+    while isinstance(node, Node) and len(node.users) == 1:
+        chain.insert(0, node)
+        if node.target in _PRODUCTS:
+            return chain
+        if node.target not in _POINTWISE or any(isinstance(a, Node) for a in node.args[1:]):
+            return []
+        node = node.args[0]
+    return []
+
+
+def fitting(model: Any, ids: Tensor) -> Forward:
+    """Captures a model for the length of ids. Raises OptionError, also for graphs that cannot be read."""
+    try:
+        return Forward(getattr(model, "_orig_mod", model), ids)
+    except OptionError:
+        raise
+    except ClsaError as error:
+        raise OptionError(f"the model's forward cannot be captured: {error}") from error

@@ -1,0 +1,186 @@
+"""Mixtures: the weights by which the heads of all anchors so far choose tokens, and what a choice loses.
+
+A token is worth to a layer what `records` measured. Anchors choose the top k of a weighted sum over heads of
+the probabilities' roots; the weights are those whose sum comes nearest to the roots of the followers' worth,
+fitted by expectation maximisation (multiplicative updates, which keep weights positive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from clsa_compile.calibration.attend import ends
+from clsa_compile.calibration.records import Record
+from clsa_compile.ir.routing import Weights
+from clsa_compile.policies.anchors import followers
+
+__all__ = ["Costs", "Selection", "Table", "fit"]
+
+FIT_STEPS = 60
+SEARCH_STEPS = 12
+# Weights have so many digits in a plan.
+DIGITS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """How many tokens are selected, and which always are."""
+
+    topk: int
+    keep_first: int
+    keep_last: int
+    power: float
+
+
+class Table:
+    """Records of several sequences side by side: R rows of up to T tokens, flat as N = R T columns.
+
+    Columns at which there is nothing to choose (unreadable, or always selected) are 0.
+    """
+
+    def __init__(self, records: Sequence[Record], selection: Selection, device: torch.device) -> None:
+        length = max(r.readable.shape[1] for r in records)
+        self.selection = selection
+        self.layers = len(records[0].mass)
+        readable = _stacked([r.readable for r in records], length, device).bool()
+        forced = ends(readable, selection.keep_first, selection.keep_last)
+        self.open = readable & ~forced
+        self.rows = len(readable)
+        # A row with no more keys than are selected loses nothing.
+        self.short = readable.sum(-1, keepdim=True) <= selection.topk
+        self.slots = selection.topk - selection.keep_first - selection.keep_last
+        self._open = self.open.reshape(-1)
+        scale = [r.unit for r in records]
+
+        def worth(name: str, layer: int) -> Tensor:
+            parts = [getattr(r, name)[layer].float() * unit for r, unit in zip(records, scale, strict=True)]
+            return self._columns(parts, length, device)
+
+        self.mass = [
+            self._columns([r.mass[i].float() for r in records], length, device) for i in range(self.layers)
+        ]
+        self.first = [worth("first", i) for i in range(self.layers)]
+        self.second = [worth("second", i).square_() for i in range(self.layers)]
+
+    def _columns(self, parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+        """Returns [heads, N] of parts [heads, n, T], 0 where nothing is to be chosen."""
+        padded = [torch.nn.functional.pad(p.to(device), (0, length - p.shape[-1])) for p in parts]
+        return torch.cat(padded, 1).flatten(1).mul_(self._open)
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """Returns the mean over heads of each layer's mass [L, N], not raised to any power."""
+        power = self.selection.power
+        return torch.stack([(m.square() if power == 0.5 else m ** (1 / power)).mean(0) for m in self.mass])
+
+    def lost(self, score: Tensor) -> Tensor:
+        """Returns 1 at the columns [N] that the top of a score [N] leaves out, else 0."""
+        score = torch.where(self.open, score.view(self.open.shape), -torch.inf)
+        picked = score.topk(min(self.slots, score.shape[-1]), -1, sorted=False).indices
+        kept = torch.zeros_like(self.open).scatter_(1, picked, True)
+        return (self.open & ~kept & ~self.short).flatten().float()
+
+    def by_row(self, columns: Tensor) -> Tensor:
+        """Divides columns [N] by their row's sum, so that every row counts as much as the mean one."""
+        rows = columns.view(self.rows, -1)
+        total = rows.sum(-1, keepdim=True)
+        return (rows / (total / total.mean() + 1e-9)).flatten()
+
+
+class Costs:
+    """What it costs to follow: the worth, in two measures, of the tokens that followers do not get to see.
+
+    The first measure is the sum of |u|, the second that of u^2; each counts relative to what evenly spread
+    anchors lose, since neither alone predicts the loss of a model.
+    """
+
+    def __init__(self, table: Table, spread: Sequence[int]) -> None:
+        self._table = table
+        self._features = table.pooled**table.selection.power
+        self._targets = torch.stack([second.sum(0) for second in table.second])
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+        both = []
+        for measure in (torch.cat(table.first), self._targets):
+            total = sum(
+                (measure[list(members)] @ table.lost(table.pooled[a])).sum()
+                for a, members in followers(spread, table.layers).items()
+            )
+            both.append(measure / max(float(total), 1e-30))
+        self._worth = both[0] + both[1]
+
+    def pairs(self) -> list[list[float]]:
+        """Returns [L, L]: what layer l loses when it follows the mass of layer a alone, at [a][l]."""
+        costs = torch.stack([self._worth @ self._table.lost(f) for f in self._features])
+        return costs.triu(1).tolist()
+
+    def by_layer(self, anchors: tuple[int, ...]) -> dict[int, float]:
+        """Returns what each follower loses when the anchors so far choose together."""
+        found: dict[int, float] = {}
+        for anchor, members in followers(anchors, self._table.layers).items():
+            before = tuple(a for a in anchors if a <= anchor)
+            lost = self._table.lost(self._score(before, members))
+            found.update(zip(members, (self._worth[list(members)] @ lost).tolist(), strict=True))
+        return found
+
+    def total(self, anchors: tuple[int, ...]) -> float:
+        """Returns what all followers lose."""
+        total = 0.0
+        for anchor, members in followers(anchors, self._table.layers).items():
+            key = (tuple(a for a in anchors if a <= anchor), members)
+            if key not in self._known:
+                lost = self._table.lost(self._score(*key))
+                self._known[key] = float((self._worth[list(members)] @ lost).sum())
+            total += self._known[key]
+        return total
+
+    def _score(self, anchors: tuple[int, ...], members: tuple[int, ...]) -> Tensor:
+        features = self._features[list(anchors)]
+        return _mixed(self._table, features, self._targets[list(members)].sum(0), SEARCH_STEPS) @ features
+
+
+def fit(
+    table: Table, anchors: Sequence[int], anchor: int, members: Sequence[int], sets: int
+) -> dict[int, Weights]:
+    """Returns the weights [sets, H] of all heads of the anchors up to one, for the layers that follow it.
+
+    With more sets than one, set j is for the kv head j of every follower.
+    """
+    before = [a for a in anchors if a <= anchor]
+    features = torch.cat([table.mass[a] for a in before])
+    found: dict[int, list[tuple[float, ...]]] = {a: [] for a in before}
+    for j in range(sets):
+        worth = [table.second[m] if sets == 1 else table.second[m][j : j + 1] for m in members]
+        weights = _mixed(table, features, torch.cat(worth).sum(0), FIT_STEPS)
+        parts = weights.split([len(table.mass[a]) for a in before])
+        for a, part in zip(before, parts, strict=True):
+            found[a].append(tuple(float(f"{w:.{DIGITS}g}") for w in part.tolist()))
+    return {a: tuple(rows) for a, rows in found.items()}
+
+
+def _mixed(table: Table, features: Tensor, worth: Tensor, steps: int) -> Tensor:
+    """Returns weights [F] of features [F, N] whose sum is nearest to the root of a worth [N]."""
+    target = table.by_row(worth.sqrt()).sqrt()
+    return expectation_maximised(features, target, steps)
+
+
+def expectation_maximised(features: Tensor, target: Tensor, steps: int) -> Tensor:
+    """Returns w >= 0 [F] that lessens KL(target || w features); features [F, N], target [N], w sums to 1."""
+    total = features.sum(1)
+    weights = torch.full_like(total, 1 / len(total))
+    weights *= target.sum() / (weights @ total).clamp(min=1e-30)
+    floor = 1e-6 * target.mean()
+    for _ in range(steps):
+        mixed = weights @ features + floor
+        weights = weights * (features @ (target / mixed)) / total.clamp(min=1e-30)
+    return weights / weights.sum().clamp(min=1e-30)
+
+
+def _stacked(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+    """Returns rows [R, T] of parts [n, T'], each padded at its end."""
+    padded = [torch.nn.functional.pad(p.to(device).float(), (0, length - p.shape[-1])) for p in parts]
+    return torch.cat(padded)

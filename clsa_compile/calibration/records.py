@@ -1,0 +1,126 @@
+"""Records: what each layer of the dense model looks at in a few rows of a sequence, and how much it matters.
+
+How much a token matters to a head is how far the output moves without it, along the gradient of the loss:
+u = p g.(v - o), of which p is the probability, v the token's value, o the head's output and g the gradient
+there of a sampled-label loss (labels drawn from the model itself: g measures what changes its distribution).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clsa_compile.calibration.attend import Operands
+from clsa_compile.calibration.graphs import Graph
+
+__all__ = ["Record", "chosen_rows", "record"]
+
+# Logits of so many rows are held at once.
+HEAD_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sequence, n of its rows. Lists are by layer, from the first that may share.
+
+    mass: fp16 [H, n, T], the probability raised to `power`. first: fp16 [1, n, T], sum of |u| over heads;
+    second: fp16 [Hkv, n, T], root of the sum of u^2 over the heads of a kv head; both in units of `unit`.
+    readable: bool [n, T].
+    """
+
+    mass: tuple[Tensor, ...]
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+    readable: Tensor
+    unit: float
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Returns the record as named tensors."""
+        named = {"readable": self.readable, "unit": torch.tensor(self.unit, dtype=torch.float64)}
+        for name in ("mass", "first", "second"):
+            named.update({f"{name}.{i}": value for i, value in enumerate(getattr(self, name))})
+        return named
+
+    @classmethod
+    def from_tensors(cls, named: Mapping[str, Tensor]) -> Record:
+        """Reads what `to_tensors` returned."""
+        layers = range(sum(name.startswith("mass.") for name in named))
+        mass, first, second = (
+            tuple(named[f"{name}.{i}"] for i in layers) for name in ("mass", "first", "second")
+        )
+        return cls(mass, first, second, named["readable"], named["unit"].item())
+
+
+def chosen_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
+    """Returns `count` rows of a sequence, evenly spread over its last seven eighths, each moved at random."""
+    start = length // 8
+    step = (length - start) / count
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
+    return (start + (torch.arange(count) + jitter) * step).long().clamp(max=length - 1).unique()
+
+
+def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> Record:
+    """Runs the dense graph over ids [1, T] forwards and backwards, and returns what the rows looked at."""
+    taps: list[_Tap] = []
+    rows = rows.to(ids.device)
+
+    def tap(_: int, call: Operands, out: Tensor, __: Tensor | None) -> Tensor:
+        # Weights need no gradient: the first output that does is the first layer's.
+        out = out if out.requires_grad else out.detach().requires_grad_()
+        out.retain_grad()
+        with torch.no_grad():
+            scores = call.scores(rows, call.k.shape[2])[0]
+            readable = (scores > -torch.inf).any(0)
+            taps.append(_Tap(call.probabilities(rows, call.k.shape[2])[0], call.v.detach(), out, readable))
+        return out
+
+    with torch.enable_grad():
+        hidden, others = graph.run(ids, tap)
+        _backward(graph, hidden, others, ids.shape[1] // 2, seed)
+    parts = [_moved(tap, rows) for tap in taps]
+    unit = max(float(x.max()) for pair in parts for x in pair) or 1.0
+    return Record(
+        tuple((tap.probabilities**power).half() for tap in taps),
+        tuple((first / unit).half() for first, _ in parts),
+        tuple((second / unit).half() for _, second in parts),
+        taps[0].readable,
+        unit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tap:
+    """What is kept of a layer until its gradient is known."""
+
+    probabilities: Tensor
+    v: Tensor
+    out: Tensor
+    readable: Tensor
+
+
+def _backward(graph: Graph, hidden: Tensor, others: tuple[Any, ...], start: int, seed: int) -> None:
+    """Takes the gradient of the loss of labels that the model itself draws, summed over rows from `start`."""
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    leaf = hidden.detach().requires_grad_()
+    for row in range(start, hidden.shape[1], HEAD_ROWS):
+        logits = graph.logits(leaf[:, row : row + HEAD_ROWS], others)[0].float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    hidden.backward(leaf.grad)
+
+
+def _moved(tap: _Tap, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum of |u| [1, n, T] and, by kv head, the root of the sum of u^2 [Hkv, n, T]."""
+    p = tap.probabilities
+    heads, n, keys = p.shape
+    hkv = tap.v.shape[1]
+    assert tap.out.grad is not None
+    g = tap.out.grad[0, :, rows].float().reshape(hkv, -1, tap.v.shape[3])
+    along = (g @ tap.v[0].float().transpose(1, 2)).view(heads, n, keys)
+    along = along - (p * along).sum(-1, keepdim=True)
+    u = (p * along).view(hkv, heads // hkv, n, keys)
+    return u.abs().sum((0, 1))[None], u.square().sum(1).sqrt()

@@ -1,0 +1,80 @@
+"""Stages: what is finished of a long run, kept in a folder, so that a run that was killed goes on there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clsa_compile.errors import OptionError
+
+__all__ = ["Stages"]
+
+# Raised when what is written changes its meaning: older files are then not found any more.
+VERSION = 1
+
+
+class Stages:
+    """A folder of finished results, by name and by all that they depend on; without one it keeps none."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"no folder can be made at {os.fspath(self._folder)!r}: {error}") from error
+
+    def data(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns the plain data that was kept, or makes and keeps it."""
+        if self._folder is None:
+            return make()
+        path = self._path(name, key, "json")
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            pass  # not there, or cut off by a full disk
+        content = json.dumps(make())
+        _write(path, lambda partial: partial.write_text(content))
+        return json.loads(content)
+
+    def tensors(self, name: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Returns the tensors that were kept, on the CPU, or makes and keeps them."""
+        if self._folder is None:
+            return make()
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file, save_file
+        except ImportError as error:
+            raise OptionError(
+                "keeping results in a folder needs safetensors: pip install clsa[search]"
+            ) from error
+        path = self._path(name, key, "safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError):
+            pass
+        made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
+        _write(path, lambda partial: save_file(made, partial))
+        return made
+
+    def _path(self, name: str, key: Any, ending: str) -> Path:
+        assert self._folder is not None
+        content = json.dumps([VERSION, key], sort_keys=True)
+        return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

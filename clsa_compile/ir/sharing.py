@@ -1,0 +1,245 @@
+"""SharingPlan: a found sharing of one model, as a file that says for whom it is and how good it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clsa_compile.errors import PlanError
+from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool
+from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, text
+
+__all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
+
+FORMAT = "clsa sharing plan"
+VERSION = 1
+SCOPES = ("layer", "kv_head")
+# Weights that went through half precision still agree this well.
+_AGREE = 0.02
+_AGAIN = "search again (clsa search), or take a whole copy of the file"
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells one model from another, whatever dtype its weights were loaded in.
+
+    name: the model's class. layers: attentions of one forward. shapes: sha256 of the parameters' names and
+    shapes. sample: a few weights.
+    """
+
+    name: str
+    layers: int
+    shapes: str
+    sample: tuple[float, ...]
+
+    def difference(self, other: Fingerprint) -> str:
+        """Returns what tells the other model from this one, or ""."""
+        if self.name != other.name:
+            return f"it is a {other.name}, the plan is for a {self.name}"
+        if self.layers != other.layers:
+            return f"it has {other.layers} attentions, the plan's has {self.layers}"
+        if self.shapes != other.shapes:
+            return "its parameters have other names or shapes"
+        pairs = zip(self.sample, other.sample, strict=False)
+        size = max(map(abs, self.sample), default=0.0)
+        near = all(abs(a - b) <= _AGREE * max(abs(a), abs(b), 0.1 * size) for a, b in pairs)
+        same = near and len(self.sample) == len(other.sample)
+        return "" if same else "its weights are others"
+
+
+@dataclass(frozen=True, slots=True)
+class SharingPlan:
+    """Which layers choose tokens for which, by heads and weights; `clsa_compile.search` makes it.
+
+    topk: tokens of a set. layers: those that may share, in order of execution; their `ordinal` counts from 0
+    and everything below names layers by it. pools: see `ir.routing.Pool`. keep_first, keep_last: tokens at
+    both ends that are always in a set. scope: one set for all heads ("layer") or one a kv head ("kv_head").
+    power: mass is the probability raised to it. model, data: whose plan it is, and the sha256 of the tokens
+    that it was made from. quality: what was measured on tokens that were not used to make it.
+
+    Raises PlanError where parts contradict each other.
+    """
+
+    topk: int
+    layers: tuple[Layer, ...]
+    pools: tuple[Pool, ...]
+    keep_first: int = 4
+    keep_last: int = 32
+    scope: str = "layer"
+    power: float = 1.0
+    model: Fingerprint | None = None
+    data: str = ""
+    quality: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise PlanError(f"{problem}; {_AGAIN}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SharingPlan:
+        """Reads a file that `save` wrote. Raises PlanError naming the file and what is wrong in it."""
+        try:
+            content = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"the plan {os.fspath(path)!r} cannot be read: {error}") from error
+        try:
+            return cls.from_dict(json.loads(content))
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
+        except PlanError as error:
+            raise PlanError(f"the plan {os.fspath(path)!r}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, whole or not at all. Raises PlanError where that cannot be."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {os.fspath(path)!r}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain data, ready for JSON."""
+        data = asdict(self)
+        kept = ("anchor", "members", "sources", "rows")
+        pools = [{name: pool.to_dict()[name] for name in kept} for pool in self.pools]
+        model = None if self.model is None else {**data["model"], "sample": list(self.model.sample)}
+        layers = [{k: v for k, v in layer.items() if k != "ordinal"} for layer in data["layers"]]
+        changed = {"layers": layers, "pools": pools, "model": model}
+        return {"format": FORMAT, "version": VERSION, **data, **changed}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SharingPlan:
+        """Reads what `to_dict` returned. Raises PlanError naming the field that does not fit."""
+        _check_version(data)
+        given = _PLAN(data, "")
+        del given["format"], given["version"]
+        same = {name: given[name] for name in ("topk", "keep_first", "keep_last", "power")}
+        given["layers"] = tuple(Layer(ordinal=i, **layer) for i, layer in enumerate(given["layers"]))
+        given["pools"] = tuple(Pool(**pool, **same) for pool in given["pools"])
+        return cls(**given)
+
+    def digest(self) -> str:
+        """Returns the sha256 of the content: it differs whenever what is compiled may differ."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def pattern(self) -> str:
+        """Returns the schedule, a letter a layer: S attends to tokens that the last F chose, F to all."""
+        members = {m for pool in self.pools for m in pool.members}
+        return "".join("S" if layer.ordinal in members else "F" for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return f"SharingPlan({self.pattern()}, topk={self.topk}, {self.digest()[:12]})"
+
+
+def _check_version(data: Any) -> None:
+    """Guards the reader: what another version wrote may mean something else."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise PlanError(f"this is no sharing plan: its 'format' is not {FORMAT!r}")
+    if data.get("version") != VERSION:
+        raise PlanError(
+            f"its version is {data.get('version')!r}, and this clsa reads version {VERSION}: search again, "
+            "or use the clsa that wrote it"
+        )
+
+
+def _problems(plan: SharingPlan) -> list[str]:
+    """Returns what contradicts itself in a plan."""
+    found = []
+    if isinstance(plan.topk, bool) or not isinstance(plan.topk, int) or not 1 <= plan.topk <= MOST_TOKENS:
+        return [f"topk is {plan.topk!r}; accepted: 1 to {MOST_TOKENS}"]
+    if plan.scope not in SCOPES:
+        found.append(f"scope is {plan.scope!r}; accepted: {' or '.join(map(repr, SCOPES))}")
+    if min(plan.keep_first, plan.keep_last) < 0 or plan.keep_first + plan.keep_last > plan.topk:
+        kept = f"keep_first={plan.keep_first} and keep_last={plan.keep_last}"
+        found.append(f"{kept} do not fit into topk={plan.topk}")
+    if not plan.power > 0:
+        found.append(f"power is {plan.power}; accepted: numbers above 0")
+    if not plan.layers:
+        found.append("it has no layers")
+    if [layer.ordinal for layer in plan.layers] != list(range(len(plan.layers))):
+        found.append("its layers are not counted from 0")
+    if found:
+        return found
+    taken: set[int] = set()
+    for i, pool in enumerate(plan.pools):
+        found += [f"pools[{i}]: {problem}" for problem in _pool_problems(plan, pool)]
+        if taken & set(pool.members):
+            found.append(f"pools[{i}]: a layer attends to the tokens of one pool only")
+        taken |= set(pool.members)
+    return found
+
+
+def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
+    found = []
+    number_of = len(plan.layers)
+    named_layers = {pool.anchor, *pool.members, *pool.sources, *pool.rows}
+    if not named_layers <= set(range(number_of)):
+        return [f"it names a layer outside of 0 to {number_of - 1}"]
+    ours = (pool.topk, pool.keep_first, pool.keep_last, pool.power)
+    if ours != (plan.topk, plan.keep_first, plan.keep_last, plan.power):
+        found.append("its topk, keep_first, keep_last or power is not the plan's")
+    if not pool.members or min(pool.members) < pool.anchor:
+        found.append(f"its members must come after layer {pool.anchor}, which chooses")
+    if not pool.sources or max(pool.sources) > pool.anchor:
+        found.append(f"its sources must be layers up to {pool.anchor}, which chooses")
+        return found
+    sets = pool.sets
+    for layer, rows in pool.sources.items():
+        heads = plan.layers[layer].heads
+        if len(rows) != sets or sets < 1 or any(len(row) != heads for row in rows):
+            found.append(f"layer {layer} needs {sets} rows of {heads} weights, one a head")
+        elif any(weight < 0 for row in rows for weight in row):
+            found.append(f"a weight of layer {layer} is below 0")
+    for layer, chosen in pool.rows.items():
+        if len(chosen) != plan.layers[layer].kv_heads or not all(0 <= row < sets for row in chosen):
+            found.append(f"rows of layer {layer} must name one of {sets} sets for each kv head")
+    return found
+
+
+_LAYER = record(
+    {
+        "path": text,
+        "heads": count,
+        "kv_heads": count,
+        "width": count,
+        "value_width": count,
+        "scale": number,
+        "softcap": number,
+    }
+)
+_POOL = record(
+    {
+        "anchor": count,
+        "members": each(count),
+        "sources": integer_keys(each(each(number))),
+        "rows": integer_keys(each(count)),
+    }
+)
+_MODEL = record({"name": text, "layers": count, "shapes": text, "sample": each(number)})
+_PLAN = record(
+    {
+        "format": text,
+        "version": count,
+        "topk": count,
+        "layers": each(_LAYER),
+        "pools": each(_POOL),
+        "keep_first": count,
+        "keep_last": count,
+        "scope": text,
+        "power": number,
+        "model": lambda value, where: None if value is None else Fingerprint(**_MODEL(value, where)),
+        "data": text,
+        "quality": named(number),
+    }
+)

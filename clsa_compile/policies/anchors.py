@@ -1,0 +1,86 @@
+"""Anchors: which layers are to choose tokens, from what it costs to follow them; pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+__all__ = ["best", "followers", "improved", "uniform"]
+
+
+def uniform(layers: int, count: int) -> tuple[int, ...]:
+    """Returns `count` of so many layers, evenly spread, the first among them."""
+    return tuple(i * layers // count for i in range(count))
+
+
+def followers(anchors: Sequence[int], layers: int) -> dict[int, tuple[int, ...]]:
+    """Returns the layers that follow each anchor, up to the next one; anchors without any are left out."""
+    ends = (*anchors[1:], layers)
+    found = {a: tuple(range(a + 1, end)) for a, end in zip(anchors, ends, strict=True)}
+    return {a: members for a, members in found.items() if members}
+
+
+def best(cost: Sequence[Sequence[float]]) -> list[tuple[int, ...]]:
+    """Returns for every count from 1 to L the anchors of least total cost, exactly, by dynamic programming.
+
+    cost[a][l] is what layer l > a costs when it follows anchor a, [L, L]. The first layer is always one.
+    """
+    layers = len(cost)
+    infinite = float("inf")
+    # after[a][e]: what layers a + 1 to e - 1 cost when they follow a.
+    after = [[0.0] * (layers + 1) for _ in range(layers)]
+    for a in range(layers):
+        for end in range(a + 2, layers + 1):
+            after[a][end] = after[a][end - 1] + cost[a][end - 1]
+    # least[e]: the least cost of layers below e with so many anchors, and the last of them.
+    least = [infinite] + [after[0][end] for end in range(1, layers + 1)]
+    lasts = [[0] * (layers + 1)]
+    found = [_traced(lasts, layers)]
+    for count in range(2, layers + 1):
+        fewer, least, last = least, [infinite] * (layers + 1), [0] * (layers + 1)
+        for end in range(count, layers + 1):
+            for a in range(count - 1, end):
+                total = fewer[a] + after[a][end]
+                if total < least[end]:
+                    least[end], last[end] = total, a
+        lasts.append(last)
+        found.append(_traced(lasts, layers))
+    return found
+
+
+def _traced(lasts: Sequence[Sequence[int]], layers: int) -> tuple[int, ...]:
+    anchors = []
+    end = layers
+    for last in reversed(lasts):
+        anchors.append(last[end])
+        end = last[end]
+    return tuple(reversed(anchors))
+
+
+def improved(
+    cost: Callable[[tuple[int, ...]], float],
+    anchors: Sequence[int],
+    layers: int,
+    *,
+    passes: int = 3,
+    least: float = 1e-3,
+) -> tuple[int, ...]:
+    """Returns anchors that no move of a single one makes better by `least` of their cost, or after `passes`.
+
+    For costs that are not a sum over pairs, where `best` is only a start. The first layer stays one.
+    """
+    current = tuple(sorted(anchors))
+    lowest = cost(current)
+    for _ in range(passes):
+        before = lowest
+        for anchor in current:
+            if anchor == 0:
+                continue
+            rest = [a for a in current if a != anchor]
+            moves = [tuple(sorted((*rest, to))) for to in range(1, layers) if to not in current]
+            costs = [cost(move) for move in moves]
+            if costs and min(costs) < lowest * (1 - least):
+                lowest = min(costs)
+                current = moves[costs.index(lowest)]
+        if lowest >= before:
+            break
+    return current

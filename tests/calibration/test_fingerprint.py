@@ -1,0 +1,49 @@
+"""Fingerprints: other weights and other tokens are told apart, another dtype is not."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from clsa_compile.calibration.fingerprint import check, data_hash, of_model, sequence_hash
+from clsa_compile.calibration.searching import Found
+from clsa_compile.errors import PlanError
+from clsa_compile.testing import tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_the_same_model(model: Any, dtype: torch.dtype) -> None:
+    ours = of_model(model, 5)
+    assert ours.difference(of_model(copy.deepcopy(model).to(dtype), 5)) == ""
+    assert ours == of_model(torch.compile(model), 5)
+
+
+def test_other_weights_are_another_model(model: Any) -> None:
+    ours = of_model(model, 5)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    assert ours.difference(of_model(other, 5)) == "its weights are others"
+    assert "its parameters" in ours.difference(of_model(tiny("llama"), 5))
+    assert ours.name == "LlamaForCausalLM"
+
+
+def test_a_plan_of_another_model_is_an_error(found: Found) -> None:
+    plan = found.plan
+    assert plan.model is not None
+    check(plan, plan.model)
+    with pytest.raises(
+        PlanError, match="for another model than this one: it has 6 attentions, the plan's has 5"
+    ):
+        check(plan, replace(plan.model, layers=6))
+
+
+def test_tokens_are_told_apart() -> None:
+    ids = torch.arange(6)
+    assert sequence_hash(ids) == sequence_hash(ids.view(1, 6).int())
+    assert data_hash([ids[:3], ids[3:]]) != data_hash([ids[3:], ids[:3]])

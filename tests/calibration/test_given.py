@@ -1,0 +1,39 @@
+"""What is given: batches of any form become sequences, and those that cannot be used are errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from clsa_compile.calibration.given import sequences
+from clsa_compile.errors import OptionError
+
+IDS = torch.arange(120).view(2, 60)
+
+
+@pytest.mark.parametrize(
+    ("batches", "number"),
+    [(IDS, 2), ([IDS, IDS[0]], 3), ([IDS.tolist()], 2), ((row for row in IDS), 2), ([IDS.int()], 2)],
+)
+def test_batches_become_sequences(batches: Any, number: int) -> None:
+    found = sequences(batches, 8)
+    assert [ids.shape for ids in found] == [(1, 60)] * number
+    assert all(ids.dtype == torch.long for ids in found)
+
+
+@pytest.mark.parametrize(
+    ("batches", "topk", "message"),
+    [
+        ([], 8, "there are no tokens"),
+        (torch.zeros(0, 60).long(), 8, "there are no tokens"),
+        ([IDS], 45, "a sequence of 60 tokens is too short for topk=45: .* give 61 at least"),
+        ([IDS, IDS[:, :20]], 8, "a sequence of 20 tokens is too short"),
+        ([IDS.float()], 8, "batch 0 is torch.float32"),
+        ([IDS, IDS[None]], 8, r"batch 1 is torch.int64 of shape \[1, 2, 60\]"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error(batches: Any, topk: int, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        sequences(batches, topk)

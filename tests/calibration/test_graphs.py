@@ -1,0 +1,132 @@
+"""Graphs: they compute what the model computes, and with sharing what the compiler does, for any family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clsa_compile.backend import decided, requested
+from clsa_compile.calibration.graphs import fitting
+from clsa_compile.capture.dynamo import capture
+from clsa_compile.config import Options
+from clsa_compile.errors import OptionError
+from clsa_compile.passes.pipeline import carry_out
+from clsa_compile.testing import tiny
+
+IDS = torch.randint(1, 100, (1, 40), generator=torch.Generator().manual_seed(5))
+OPTIONS = {"topk": 8, "keep_first": 2, "keep_last": 3, "prefill": "sparse", "share": 2}
+WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES = {"llama": {}, "gemma3_text": WINDOWS, "deepseek_v3": {}}
+MORE = {"cohere2": WINDOWS, "gemma3n_text": {}, "granite": {}, "qwen3_moe": {}}
+
+
+def compiled(model: nn.Module, options: Options) -> Tensor:
+    """Returns logits through the compiler's passes, Inductor left out."""
+
+    def passes(module: Any, _: Any, **__: Any) -> Any:
+        captured = capture(module)
+        carry_out(captured, decided(captured, options), (), lambda kernel: kernel)
+        return captured.module.forward
+
+    with torch.no_grad():
+        return torch.compile(model, backend=passes)(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
+)
+def test_logits_are_the_models_and_the_compilers(family: str) -> None:
+    model = tiny(family, **{**FAMILIES, **MORE}[family])
+    forward = fitting(model, IDS)
+    options = Options.read(OPTIONS)
+    with torch.no_grad():
+        dense, shared = (
+            graph.logits(*graph.run(IDS)) for graph in (forward.graph(), forward.graph(requested(options)))
+        )
+        torch.testing.assert_close(dense, model(input_ids=IDS, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shared, compiled(model, options), atol=1e-5, rtol=1e-4)
+    assert (shared - dense).abs().max() > 1e-3
+    assert forward.graph().head is not None
+    assert all(layer.path in dict(model.named_modules()) for layer in forward.layers)
+    assert [layer.ordinal for layer in forward.layers] == list(range(len(forward.layers)))
+
+
+def test_taps_see_the_layers_that_may_share_and_can_change_them() -> None:
+    model = tiny("gemma3_text", **WINDOWS)
+    graph = fitting(model, IDS).graph(requested(Options.read({**OPTIONS, "share": "FS"})))
+    seen = []
+
+    def tap(layer: int, call: Any, out: Tensor, chosen: Tensor | None) -> Tensor:
+        seen.append((layer, out.shape, chosen is not None))
+        return torch.zeros_like(out)
+
+    with torch.no_grad():
+        before, after = graph.run(IDS)[0], graph.run(IDS, tap)[0]
+    shape = (1, 4, 40, 16)
+    assert seen == [(0, shape, False), (1, shape, True)]
+    assert not torch.equal(before, after)
+
+
+def test_a_layer_that_chooses_for_itself_is_seen_once() -> None:
+    graph = fitting(tiny("llama"), IDS).graph(requested(Options.read({**OPTIONS, "share": "off"})))
+    seen = []
+    with torch.no_grad():
+        graph.run(IDS, lambda layer, call, out, chosen: seen.append((layer, chosen is not None)) or out)
+    assert seen == [(0, True), (1, True)]
+
+
+class Bare(nn.Module):
+    """A decoder that is not Hugging Face's: ids in, logits out, which are bounded after the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + y.transpose(1, 2).flatten(2)
+        return torch.tanh(self.head(x) / 3) * 3
+
+
+def test_any_decoder_will_do() -> None:
+    model = Bare()
+    ids = IDS % 50
+    forward = fitting(torch.compile(model), ids)
+    graph = forward.graph()
+    assert graph.head is not None
+    with torch.no_grad():
+        hidden, others = graph.run(ids)
+        assert hidden.shape == (1, 40, 16)
+        torch.testing.assert_close(graph.logits(hidden[:, 7:9], others), model(ids)[:, 7:9])
+
+
+class Broken(Bare):
+    """A forward that Dynamo cannot follow in one piece."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        torch._dynamo.graph_break()
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: tiny("glm_moe_dsa"), "this model selects tokens by itself"),
+        (lambda: tiny("llama", num_hidden_layers=1), "1 of the model's 1 attentions .* it takes 2 at least"),
+        (lambda: nn.Sequential(nn.Embedding(128, 8), nn.Linear(8, 9)), "0 of the model's 0 attentions"),
+        (Broken, "is no single graph"),
+    ],
+)
+def test_models_that_cannot_share_are_errors(model: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        fitting(model(), IDS % 50)

@@ -1,0 +1,140 @@
+"""Evaluation: figures are those of the two models' logits, and results in a folder are found again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clsa_compile
+from clsa_compile.calibration import judging
+from clsa_compile.calibration.searching import Found
+from clsa_compile.errors import OptionError, PlanError
+from clsa_compile.testing import tiny
+
+OPTIONS = {"topk": 12, "share": "FSFSS", "keep_first": 2, "keep_last": 3}
+
+
+class Words:
+    """A tokenizer that has one word a token."""
+
+    def decode(self, ids: list[int]) -> str:
+        return f"word{ids[0]}"
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Returns the logits of ids with OPTIONS, from the compiler."""
+    compiled = torch.compile(model, backend="clsa", options={**OPTIONS, "prefill": "sparse"})
+    with torch.no_grad():
+        return compiled(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
+
+
+def test_figures_are_those_of_both_models_logits(model: Any, tokens: list[Tensor]) -> None:
+    ids = tokens[0]
+    quality = clsa_compile.evaluate(model, OPTIONS, ids, tokenizer=Words(), skip=30)
+    with torch.no_grad():
+        dense = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 30:-1]
+    sparse = torch.cat([logits(model, row[None]) for row in ids])[:, 30:-1]
+    labels = ids[:, 31:, None]
+    kl = (dense.exp() * (dense - sparse)).sum(-1)
+    assert quality.tokens == 34
+    near = {"abs_tol": 1e-5, "rel_tol": 1e-4}
+    assert math.isclose(quality.dense_loss, -dense.gather(2, labels).mean(), **near)
+    assert math.isclose(quality.loss, -sparse.gather(2, labels).mean(), **near)
+    assert math.isclose(quality.kl, kl.mean(), **near)
+    assert math.isclose(quality.agreement, (dense.argmax(-1) == sparse.argmax(-1)).double().mean())
+    worst = quality.worst_token
+    assert math.isclose(worst.kl, kl.max(), abs_tol=1e-4)
+    assert kl[worst.sequence, worst.position - 31] == kl.max()
+    assert worst.token == ids[worst.sequence, worst.position]
+    assert worst.text == f"word{worst.token}"
+    assert len(quality.by_sequence) == 2
+
+
+def test_layers_say_whom_they_follow_and_what_they_keep(model: Any, tokens: list[Tensor]) -> None:
+    quality = clsa_compile.evaluate(model, OPTIONS, tokens[0])
+    assert quality.schedule == "FSFSS"
+    assert [layer.anchor for layer in quality.layers] == [None, 0, None, 2, 2]
+    kept = [layer.recovered for layer in quality.layers]
+    assert kept[0] is None
+    assert kept[2] is None
+    assert all(0.1 < kept[i] <= 1 for i in (1, 3, 4))
+    assert quality.worst_layer == min((1, 3, 4), key=lambda i: kept[i])
+    assert quality.layers[1].path == "model.layers.1.self_attn"
+    for anchor, row in enumerate(quality.serves):
+        for layer, share in enumerate(row):
+            assert math.isnan(share) if layer < anchor else 0 < share <= 1.001
+            assert layer <= anchor or share <= quality.serves[layer][layer] + 1e-3
+
+
+def test_more_tokens_are_nearer_and_all_of_them_are_the_model(model: Any, tokens: list[Tensor]) -> None:
+    few, many = (clsa_compile.evaluate(model, {**OPTIONS, "topk": k}, tokens[0]) for k in (8, 32))
+    assert many.kl < few.kl
+    dense = clsa_compile.evaluate(model, {**OPTIONS, "share": "FFFFF"}, tokens[0])
+    assert dense.kl < 1e-9
+    assert abs(dense.perplexity_increase) < 1e-5
+    assert dense.agreement == 1
+    assert dense.worst_layer is None
+
+
+def test_a_plan_a_file_and_options_are_taken(
+    model: Any, tokens: list[Tensor], found: Found, tmp_path: Path
+) -> None:
+    found.plan.save(tmp_path / "plan.json")
+    results = [
+        clsa_compile.evaluate(model, plan, tokens[1][1:])
+        for plan in (found.plan, tmp_path / "plan.json", {"share": found.plan})
+    ]
+    assert {r.loss for r in results} == {found.quality.loss}
+
+
+def no_run(*_: Any) -> None:
+    raise AssertionError("nothing is to be run")
+
+
+def test_results_in_a_folder_are_found_again(
+    model: Any, tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = clsa_compile.evaluate(model, OPTIONS, tokens[0], folder=tmp_path)
+    monkeypatch.setattr(judging.Judge, "_run", no_run)
+    monkeypatch.setattr(judging.Judge, "_dense_run", no_run)
+    assert str(clsa_compile.evaluate(model, OPTIONS, tokens[0], folder=tmp_path)) == str(first)
+    with pytest.raises(AssertionError):
+        clsa_compile.evaluate(model, {**OPTIONS, "topk": 11}, tokens[0], folder=tmp_path)
+
+
+def test_a_plan_of_another_model_is_an_error(tokens: list[Tensor], found: Found) -> None:
+    with pytest.raises(PlanError, match="its weights are others; search for a plan for it"):
+        clsa_compile.evaluate(tiny("llama", num_hidden_layers=5), found.plan, tokens)
+    with pytest.raises(PlanError, match="it has 3 attentions, the plan's has 5"):
+        clsa_compile.evaluate(tiny("llama", num_hidden_layers=3), found.plan, tokens)
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "message"),
+    [
+        ({"share": 2}, {}, "nothing to measure without 'topk'"),
+        ({"topk": 0}, {}, "'topk' is 0; accepted: 1 to 4096"),
+        ({"topk": 4097}, {}, "'topk' is 4097; accepted: 1 to 4096"),
+        ({**OPTIONS, "share": "SFFFF"}, {}, "before the first F"),
+        ({**OPTIONS, "share": "FSSS"}, {}, "'FSSS' is for 4 layers; this graph has 5"),
+        ({**OPTIONS, "topk": 40}, {}, "a sequence of 48 tokens is too short for topk=40"),
+        ("nowhere.json", {}, "'nowhere.json' cannot be read"),
+        (OPTIONS, {"skip": 47}, "skip=47 leaves nothing to score of 48 tokens"),
+        (OPTIONS, {"skip": -1}, "skip=-1 leaves nothing"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error(
+    plan: Any, settings: dict[str, Any], message: str, model: Any, tokens: list[Tensor]
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        clsa_compile.evaluate(model, plan, tokens, **settings)
+
+
+def test_a_model_that_selects_by_itself_is_told(tokens: list[Tensor]) -> None:
+    with pytest.raises(OptionError, match="this model selects tokens by itself"):
+        clsa_compile.evaluate(tiny("glm_moe_dsa"), OPTIONS, tokens)

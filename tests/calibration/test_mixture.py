@@ -1,0 +1,115 @@
+"""Mixtures: weights that explain a target are found, and what a choice loses is counted as it is defined."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clsa_compile.calibration.mixture import Costs, Selection, Table, expectation_maximised, fit
+from clsa_compile.calibration.records import Record
+from clsa_compile.policies.anchors import followers, uniform
+
+LAYERS, HEADS, HKV, N, T = 4, 4, 2, 3, 24
+SELECTION = Selection(topk=8, keep_first=2, keep_last=3, power=0.5)
+
+
+def made(seed: int, length: int = T) -> Record:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.tensor([5, length - 6, length - 1])
+    readable = torch.arange(length) <= rows[:, None]
+
+    def random(heads: int) -> Tensor:
+        return (torch.rand(heads, N, length, generator=generator) ** 4 * readable).half()
+
+    mass = tuple(random(HEADS) for _ in range(LAYERS))
+    return Record(
+        mass, tuple(random(1) for _ in mass), tuple(random(HKV) for _ in mass), readable, 0.5 + seed
+    )
+
+
+@pytest.fixture(name="table")
+def _table() -> Table:
+    return Table([made(0), made(1, T - 4)], SELECTION, torch.device("cpu"))
+
+
+def test_only_what_is_to_be_chosen_counts(table: Table) -> None:
+    open_rows = table.open.view(2 * N, T)
+    assert open_rows[2].nonzero().flatten().tolist() == list(range(2, 21))
+    assert not open_rows[3:, T - 4 :].any()
+    for columns in (*table.mass, *table.first, *table.second):
+        assert not columns[:, ~table.open.flatten()].any()
+    torch.testing.assert_close(
+        table.second[1][:, :T], made(0).second[1][:, 0].float().mul(0.5).square() * open_rows[0]
+    )
+
+
+def test_what_is_lost_is_what_the_top_leaves_out(table: Table) -> None:
+    score = torch.rand(table.open.numel(), generator=torch.Generator().manual_seed(4))
+    lost = table.lost(score).view(table.open.shape)
+    for row in range(len(lost)):
+        positions = table.open[row].nonzero().flatten()
+        ranked = sorted(positions.tolist(), key=lambda t: -score.view(lost.shape)[row, t])
+        readable = len(positions) + 5
+        expected = set() if readable <= 8 or row in (0, 3) else set(ranked[3:])
+        assert set(lost[row].nonzero().flatten().tolist()) == expected
+
+
+def test_a_row_with_few_keys_loses_nothing(table: Table) -> None:
+    assert table.short.flatten().tolist() == [True, False, False, True, False, False]
+    assert not table.lost(torch.zeros(table.open.numel())).view(table.open.shape)[[0, 3]].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), features=st.integers(1, 5))
+def test_weights_that_made_a_target_are_found(seed: int, features: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(features, 400, generator=generator) ** 3
+    weights = torch.rand(features, generator=generator) + 0.05
+    found = expectation_maximised(x, 7 * weights @ x, 3000)
+    torch.testing.assert_close(found, weights / weights.sum(), atol=0.01, rtol=0.05)
+
+
+def test_more_steps_never_fit_worse(table: Table) -> None:
+    x, target = table.mass[0], table.second[2].sum(0).sqrt()
+
+    def divergence(steps: int) -> float:
+        mixed = expectation_maximised(x, target, steps) @ x
+        mixed = mixed * (target.sum() / mixed.sum())
+        known = target > 0
+        return float((target[known] * (target[known] / mixed[known].clamp(min=1e-9)).log()).sum())
+
+    costs = [divergence(steps) for steps in (0, 1, 5, 50)]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_costs_of_pairs_are_losses_in_both_measures(table: Table) -> None:
+    spread = uniform(LAYERS, 2)
+    costs = Costs(table, spread)
+    pairs = costs.pairs()
+    total = sum(pairs[a][m] for a, members in followers(spread, LAYERS).items() for m in members)
+    assert math.isclose(total, 2.0, rel_tol=1e-4)
+    assert all(pairs[a][m] == 0 for a in range(LAYERS) for m in range(a + 1))
+
+
+def test_totals_are_sums_over_followers(table: Table) -> None:
+    costs = Costs(table, uniform(LAYERS, 2))
+    assert costs.total(tuple(range(LAYERS))) == 0
+    assert costs.total((0, 1)) > 0
+    assert costs.total((0, 1, 3)) < costs.total((0,))
+
+
+@pytest.mark.parametrize("sets", [1, HKV])
+def test_fitted_weights_have_a_row_a_set_and_a_number_a_head(table: Table, sets: int) -> None:
+    found = fit(table, (0, 2), 2, (3,), sets)
+    assert set(found) == {0, 2}
+    for rows in found.values():
+        assert len(rows) == sets
+        assert all(len(row) == HEADS and min(row) >= 0 for row in rows)
+    sums = [sum(sum(rows[j]) for rows in found.values()) for j in range(sets)]
+    assert all(math.isclose(total, 1, rel_tol=1e-3) for total in sums)
+    assert fit(table, (0, 2), 0, (1,), 1).keys() == {0}

@@ -1,0 +1,120 @@
+"""`clsa search` and `clsa evaluate`: a folder and texts in, a plan and a report out; mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clsa_compile.__main__ import main
+from clsa_compile.commands import windows
+from clsa_compile.errors import OptionError
+from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.testing import tiny
+
+SETTINGS = ["--length", "48", "--quiet", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", name="folder")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of four layers whose tokens are letters, and two texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    letters = "abcdefghijklmnopqrstuvwxyz .,;-'\n"
+    tokenizer = Tokenizer(
+        models.WordLevel({letter: i + 1 for i, letter in enumerate(letters)} | {"?": 0}, "?")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    tiny("llama", num_hidden_layers=4).save_pretrained(folder)
+    (folder / "prose.txt").write_text("the quick brown fox jumps over the lazy dog; " * 5)
+    (folder / "other.txt").write_text("who chooses tokens, and who attends to them? " * 3)
+    return folder
+
+
+def arguments(command: str, folder: Path, *more: str) -> list[str]:
+    texts = [str(folder / name) for name in ("prose.txt", "other.txt")]
+    return [command, str(folder), "--text", *texts, *SETTINGS, *more]
+
+
+def test_a_plan_is_found_and_measured_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    more = (
+        "--topk",
+        "16",
+        "--anchors",
+        "2",
+        "--keep-last",
+        "4",
+        "--out",
+        str(out),
+        "--folder",
+        str(tmp_path),
+    )
+    assert main(arguments("search", folder, *more)) == 0
+    plan = SharingPlan.load(out)
+    assert plan.pattern().count("F") == 2
+    assert f"schedule {plan.pattern()}, 16 tokens: perplexity" in capsys.readouterr().out
+    assert main(arguments("evaluate", folder, "--plan", str(out), "--json", "--sequences", "2")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schedule"] == plan.pattern()
+    assert report["tokens"] == 2 * 23
+    assert len(report["worst_token"]["text"]) == 1
+    assert main(arguments("evaluate", folder, "--share", "2", "--topk", "16")) == 2
+    assert "keep_first=4 and keep_last=32 are more tokens than topk=16" in capsys.readouterr().err
+
+
+def test_windows_take_texts_in_turn(folder: Path) -> None:
+    class Model:
+        class config:
+            max_position_embeddings = 40
+
+    class Loaded:
+        model = Model
+
+        @staticmethod
+        def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(text[0])] * len(text)}
+
+    texts = [folder / "prose.txt", folder / "other.txt"]
+    found = windows(Loaded, texts, None, None)  # type: ignore[arg-type]
+    assert [chr(int(ids[0, 0])) for ids in found] == ["t", "w", "t", "w", "t", "w", "t", "t"]
+    assert {ids.shape for ids in found} == {(1, 40)}
+    assert len(windows(Loaded, texts, 20, 3)) == 3  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="no text is as long as 999 tokens"):
+        windows(Loaded, texts, 999, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"nothing.txt' cannot be read"):
+        windows(Loaded, [folder / "nothing.txt"], 20, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["search", "--topk", "16", "--out", "plan.json"], "clsa: give 'anchors'"),
+        (
+            ["search", "--topk", "0", "--anchors", "2", "--out", "plan.json"],
+            "'topk' is 0; accepted: 1 to 4096",
+        ),
+        (["search", "--topk", "64", "--anchors", "2", "--out", "plan"], "a plan's file ends in .json"),
+        (["search", "--topk", "64", "--anchors", "2", "--out", "plan.json"], "cannot load a model from"),
+        (["evaluate"], "give --plan, or --share with --topk"),
+        (["evaluate", "--plan", "a.json", "--share", "2"], "give --plan, or --share with --topk"),
+        (["evaluate", "--plan", "a.json"], "the plan 'a.json' cannot be read"),
+        (["evaluate", "--share", "2", "--topk", "64"], "cannot load a model from"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *options = more
+    model = str(tmp_path / "model.gguf")
+    assert main([command, model, "--text", str(tmp_path / "a.txt"), "--quiet", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1

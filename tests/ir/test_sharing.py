@@ -1,0 +1,200 @@
+"""Sharing plans: the same after a file, checked when made; every broken file is an error that names it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clsa_compile.errors import OptionError, PlanError
+from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.sharing import Fingerprint, SharingPlan
+
+HEADS, KV_HEADS = 4, 2
+MODEL = Fingerprint("Tiny", 5, "abc", (0.5, -0.25, 0.125))
+weight = st.floats(0, 1, width=32)
+
+
+def layers(number: int) -> tuple[Layer, ...]:
+    return tuple(Layer(i, HEADS, KV_HEADS, f"layers.{i}", 16, 16, 0.25, 0.0) for i in range(number))
+
+
+def pool(anchor: int, members: tuple[int, ...], **changes: Any) -> Pool:
+    sources = {0: ((0.25,) * HEADS,), anchor: ((0.5,) * HEADS,)}
+    return replace(Pool(anchor, 64, sources, members, keep_first=4, keep_last=32, power=0.5), **changes)
+
+
+def plan(**changes: Any) -> SharingPlan:
+    given = {
+        "topk": 64,
+        "layers": layers(5),
+        "pools": (pool(0, (1,)), pool(2, (3, 4))),
+        "power": 0.5,
+        "model": MODEL,
+        "data": "def",
+        "quality": {"kl": 0.001},
+    }
+    return SharingPlan(**{**given, **changes})
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> SharingPlan:
+    number = draw(st.integers(2, 6))
+    schedule = "F" + draw(st.text("FS", min_size=number - 1, max_size=number - 1))
+    sets = draw(st.sampled_from([1, KV_HEADS]))
+    rows = st.lists(st.tuples(*[weight] * HEADS), min_size=sets, max_size=sets).map(tuple)
+    pools = []
+    for anchor, members in followers(schedule).items():
+        sources = {a: draw(rows) for a in range(anchor + 1) if a == anchor or draw(st.booleans())}
+        mapped = {m: draw(st.tuples(*[st.integers(0, sets - 1)] * KV_HEADS)) for m in members}
+        pools.append(Pool(anchor, 64, sources, members, mapped, 4, 32, 0.5))
+    model = draw(st.sampled_from([MODEL, None]))
+    return plan(layers=layers(number), pools=tuple(pools), model=model, data=draw(st.text(max_size=4)))
+
+
+def followers(schedule: str) -> dict[int, tuple[int, ...]]:
+    found: dict[int, tuple[int, ...]] = {}
+    anchor = 0
+    for i, role in enumerate(schedule):
+        anchor = i if role == "F" else anchor
+        if role == "S":
+            found[anchor] = (*found.get(anchor, ()), i)
+    return found
+
+
+@given(plan=plans())
+def test_a_plan_survives_json(plan: SharingPlan) -> None:
+    again = SharingPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    assert again.digest() == plan.digest()
+
+
+def test_a_plan_survives_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "plan.json"
+    plan().save(path)
+    assert SharingPlan.load(path) == plan()
+    assert [entry.name for entry in path.parent.iterdir()] == ["plan.json"]
+
+
+def test_the_pattern_has_a_letter_a_layer() -> None:
+    assert plan().pattern() == "FSFSS"
+    assert plan(pools=()).pattern() == "FFFFF"
+    assert "FSFSS, topk=64" in repr(plan())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": "other"},
+        {"quality": {}},
+        {"model": None},
+        {"pools": (pool(0, (1,)),)},
+        {"pools": (pool(0, (1,)), pool(2, (3, 4), sources={2: ((0.5, 0.5, 0.5, 0.25),)}))},
+    ],
+)
+def test_another_content_has_another_digest(change: dict[str, Any]) -> None:
+    assert plan(**change).digest() != plan().digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": 0}, "topk is 0; accepted: 1 to 4096"),
+        ({"topk": 4097}, "topk is 4097; accepted: 1 to 4096"),
+        ({"keep_last": 61}, "keep_first=4 and keep_last=61 do not fit into topk=64"),
+        ({"scope": "head"}, "'layer' or 'kv_head'"),
+        ({"power": 0.0}, "power is 0.0"),
+        ({"layers": ()}, "it has no layers"),
+        ({"layers": layers(5)[::-1]}, "not counted from 0"),
+        ({"pools": (pool(0, (1,)), pool(0, (1, 2)))}, "pools[1]: a layer attends to the tokens of one pool"),
+        ({"pools": (pool(0, (5,)),)}, "names a layer outside of 0 to 4"),
+        ({"pools": (pool(2, (1,)),)}, "its members must come after layer 2"),
+        ({"pools": (pool(0, ()),)}, "its members must come after layer 0"),
+        ({"pools": (pool(2, (3,), sources={3: ((1.0,) * 4,)}),)}, "its sources must be layers up to 2"),
+        ({"pools": (pool(2, (3,), sources={}),)}, "its sources must be layers up to 2"),
+        ({"pools": (pool(2, (3,), sources={2: ((1.0,) * 3,)}),)}, "needs 1 rows of 4 weights"),
+        ({"pools": (pool(2, (3,), sources={2: ((-1.0,) * 4,)}),)}, "a weight of layer 2 is below 0"),
+        ({"pools": (pool(2, (3,), rows={3: (0, 1)}),)}, "rows of layer 3 must name one of 1 sets"),
+        ({"pools": (pool(2, (3,), topk=32),)}, "is not the plan's"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_errors(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)) as error:
+        plan(**change)
+    assert "search again" in str(error.value)
+
+
+def test_a_layer_may_follow_itself() -> None:
+    own = pool(0, (0, 1), sources={0: ((0.25,) * HEADS,)})
+    assert plan(pools=(own,)).pattern() == "SSFFF"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "its version is 2, and this clsa reads version 1"),
+        ({"version": None}, "its version is None"),
+        ({"format": "other"}, "this is no sharing plan"),
+        ({"colour": "red"}, "unknown fields: colour"),
+        ({"topk": "64"}, "topk is '64'"),
+        ({"topk": 10**6}, "accepted: 1 to 4096"),
+        ({"layers": [{"path": "a"}]}, "missing fields in layers[0]: heads"),
+        ({"pools": [{"anchor": 0}]}, "missing fields in pools[0]: members, rows, sources"),
+        ({"model": {"name": 1}}, "missing fields in model"),
+        ({"quality": {"kl": "low"}}, "quality.kl is 'low'"),
+    ],
+)
+def test_files_that_do_not_fit_are_errors(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**plan().to_dict(), **change}))
+    with pytest.raises(PlanError, match=re.escape(message)) as error:
+        SharingPlan.load(path)
+    assert str(path) in str(error.value)
+    assert isinstance(error.value, OptionError)
+
+
+def test_missing_and_cut_off_files_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match="cannot be read"):
+        SharingPlan.load(path)
+    whole = json.dumps(plan().to_dict())
+    for content in ("", whole[: len(whole) // 2]):
+        path.write_text(content)
+        with pytest.raises(PlanError, match=r"is no whole JSON .*take a whole copy"):
+            SharingPlan.load(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="cannot be read"):
+        SharingPlan.load(path)
+    path.write_text("[1]")
+    with pytest.raises(PlanError, match="no sharing plan"):
+        SharingPlan.load(path)
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match="cannot be written"):
+        plan().save(tmp_path / "file" / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, ""),
+        ({"sample": (0.5004, -0.2502, 0.125)}, ""),
+        ({"name": "Other"}, "it is a Other, the plan is for a Tiny"),
+        ({"layers": 6}, "it has 6 attentions, the plan's has 5"),
+        ({"shapes": "abd"}, "other names or shapes"),
+        ({"sample": (0.5, -0.35, 0.125)}, "its weights are others"),
+        ({"sample": (0.5, -0.25)}, "its weights are others"),
+    ],
+)
+def test_fingerprints_tell_models_apart_but_not_dtypes(change: dict[str, Any], message: str) -> None:
+    found = MODEL.difference(replace(MODEL, **change))
+    assert message in found
+    assert bool(message) == bool(found)
