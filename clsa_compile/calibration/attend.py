@@ -64,10 +64,12 @@ class Operands:
         if self.mask is not None and self.mask.dtype != torch.bool:
             scores = scores + _rows_of(self.mask, rows, end).float()
         allowed = self.allowed(rows, end)
-        return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
+        return scores if allowed is None else scores.masked_fill_(~allowed, -math.inf)
 
     def allowed(self, rows: Tensor, end: int) -> Tensor | None:
         """Returns which keys may be read, broadcastable to [B, H, len(rows), end], or None for all."""
+        if self.causal:
+            return torch.arange(end, device=rows.device) <= rows.view(1, 1, -1, 1)
         boolean = self.mask is not None and self.mask.dtype == torch.bool
         valid = _rows_of(self.mask, rows, end) if boolean and self.mask is not None else None
         if not self.predicate:
@@ -79,7 +81,18 @@ class Operands:
 
     def probabilities(self, rows: Tensor, end: int) -> Tensor:
         """Returns the fp32 softmax [B, H, len(rows), end]; a sink takes its share, empty rows are 0."""
-        return _softmax(self.scores(rows, end), self.sinks)
+        return self.softmax(self.scores(rows, end))
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Returns the probabilities of scores [B, H, n, keys], as `probabilities` does."""
+        if self.sinks is not None:
+            sink = self.sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+        if self.causal:
+            return scores.softmax(-1)
+        # A row without a key to read is padding: zeros, not NaN.
+        empty = (scores == -math.inf).all(-1, keepdim=True)
+        return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
     def weigh(self, probabilities: Tensor) -> Tensor:
         """Returns the values' sum [B, H, rows, Dv] by probabilities [B, H, rows, keys]."""
@@ -138,13 +151,13 @@ def massed(call: Operands, weight: Tensor, power: float) -> tuple[Tensor, Tensor
     parts = []
     for rows, end in call.blocks():
         scores = call.scores(rows, end)
-        readable = (scores > -math.inf).any(1, keepdim=True)
-        probabilities = _softmax(scores, call.sinks)
+        unread = (scores == -math.inf).all(1, keepdim=True)
+        probabilities = call.softmax(scores)
         parts.append(call.weigh(probabilities))
         # Square roots in place: the usual power, and the values have been weighed already.
         seen = probabilities.sqrt_() if power == 0.5 else probabilities**power
         pooled = (weight.to(seen) @ seen.reshape(b, h, -1)).view(b, -1, len(rows), end)
-        mass[:, :, rows, :end] = pooled.masked_fill(~readable, -math.inf)
+        mass[:, :, rows, :end] = pooled.masked_fill(unread, -math.inf)
     return _laid_out(torch.cat(parts, 2)), mass
 
 
@@ -192,7 +205,8 @@ def sparse(call: Operands, chosen: Tensor) -> Tensor:
             parts.append(_fused(call, call.q[:, :, rows], call.k, call.v, picked))
             continue
         scores = call.scores(rows, keys).masked_fill(~picked, -math.inf)
-        parts.append(call.weigh(_softmax(scores, call.sinks)))
+        # A causal row has a key to read, but it need not be among those picked.
+        parts.append(call.weigh(replace(call, causal=False).softmax(scores)))
     return _laid_out(torch.cat(parts, 2))
 
 
@@ -200,15 +214,6 @@ def _fused(call: Operands, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None)
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-
-
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    if sinks is not None:
-        sink = sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-    # A row without a key to read is padding: zeros, not NaN.
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def _rows_of(mask: Tensor, rows: Tensor, end: int) -> Tensor:

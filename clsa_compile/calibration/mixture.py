@@ -7,6 +7,7 @@ fitted by expectation maximisation (multiplicative updates, which keep weights p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,39 +39,31 @@ class Selection:
 
 
 class Table:
-    """Records of several sequences side by side: R rows of up to T tokens, flat as N = R T columns.
+    """Records of several sequences side by side: N columns, one for each token that a row may select or not.
 
-    Columns at which there is nothing to choose (unreadable, or always selected) are 0.
+    Tokens that are always selected are none of them, nor those of rows with no more keys than are selected.
     """
 
     def __init__(self, records: Sequence[Record], selection: Selection, device: torch.device) -> None:
         length = max(r.readable.shape[1] for r in records)
         self.selection = selection
         self.layers = len(records[0].mass)
-        readable = _stacked([r.readable for r in records], length, device).bool()
+        readable = torch.cat([_padded(r.readable, length, device) for r in records])
         forced = ends(readable, selection.keep_first, selection.keep_last)
-        self.open = readable & ~forced
-        self.rows = len(readable)
-        # A row with no more keys than are selected loses nothing.
-        self.short = readable.sum(-1, keepdim=True) <= selection.topk
+        short = readable.sum(-1, keepdim=True) <= selection.topk
+        self.open = readable & ~forced & ~short
         self.slots = selection.topk - selection.keep_first - selection.keep_last
-        self._open = self.open.reshape(-1)
-        scale = [r.unit for r in records]
+        self._where = self.open.flatten().nonzero()[:, 0]
 
-        def worth(name: str, layer: int) -> Tensor:
-            parts = [getattr(r, name)[layer].float() * unit for r, unit in zip(records, scale, strict=True)]
-            return self._columns(parts, length, device)
+        def columns(name: str, layer: int, in_units: bool) -> Tensor:
+            parts = [_padded(getattr(r, name)[layer], length, device) for r in records]
+            units = [r.unit if in_units else 1.0 for r in records]
+            whole = torch.cat([p.float() * unit for p, unit in zip(parts, units, strict=True)], 1)
+            return whole.flatten(1)[:, self._where]
 
-        self.mass = [
-            self._columns([r.mass[i].float() for r in records], length, device) for i in range(self.layers)
-        ]
-        self.first = [worth("first", i) for i in range(self.layers)]
-        self.second = [worth("second", i).square_() for i in range(self.layers)]
-
-    def _columns(self, parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
-        """Returns [heads, N] of parts [heads, n, T], 0 where nothing is to be chosen."""
-        padded = [torch.nn.functional.pad(p.to(device), (0, length - p.shape[-1])) for p in parts]
-        return torch.cat(padded, 1).flatten(1).mul_(self._open)
+        self.mass = [columns("mass", i, False) for i in range(self.layers)]
+        self.first = [columns("first", i, True) for i in range(self.layers)]
+        self.second = [columns("second", i, True).square_() for i in range(self.layers)]
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -80,16 +73,22 @@ class Table:
 
     def lost(self, score: Tensor) -> Tensor:
         """Returns 1 at the columns [N] that the top of a score [N] leaves out, else 0."""
-        score = torch.where(self.open, score.view(self.open.shape), -torch.inf)
-        picked = score.topk(min(self.slots, score.shape[-1]), -1, sorted=False).indices
-        kept = torch.zeros_like(self.open).scatter_(1, picked, True)
-        return (self.open & ~kept & ~self.short).flatten().float()
+        whole = self._spread(score, -torch.inf)
+        picked = whole.topk(min(self.slots, whole.shape[-1]), -1, sorted=False).indices
+        lost = torch.ones_like(whole).scatter_(1, picked, 0.0)
+        return lost.flatten()[self._where]
 
     def by_row(self, columns: Tensor) -> Tensor:
         """Divides columns [N] by their row's sum, so that every row counts as much as the mean one."""
-        rows = columns.view(self.rows, -1)
-        total = rows.sum(-1, keepdim=True)
-        return (rows / (total / total.mean() + 1e-9)).flatten()
+        total = self._spread(columns, 0.0).sum(-1, keepdim=True)
+        total = total / total[self.open.any(-1)].mean() + 1e-9
+        return columns / total.expand(self.open.shape).flatten()[self._where]
+
+    def _spread(self, columns: Tensor, rest: float) -> Tensor:
+        """Returns rows [R, T] of columns [N], with `rest` where nothing is to be chosen."""
+        whole = columns.new_full((self.open.numel(),), rest)
+        whole[self._where] = columns
+        return whole.view(self.open.shape)
 
 
 class Costs:
@@ -118,17 +117,8 @@ class Costs:
         costs = torch.stack([self._worth @ self._table.lost(f) for f in self._features])
         return costs.triu(1).tolist()
 
-    def by_layer(self, anchors: tuple[int, ...]) -> dict[int, float]:
-        """Returns what each follower loses when the anchors so far choose together."""
-        found: dict[int, float] = {}
-        for anchor, members in followers(anchors, self._table.layers).items():
-            before = tuple(a for a in anchors if a <= anchor)
-            lost = self._table.lost(self._score(before, members))
-            found.update(zip(members, (self._worth[list(members)] @ lost).tolist(), strict=True))
-        return found
-
-    def total(self, anchors: tuple[int, ...]) -> float:
-        """Returns what all followers lose."""
+    def total(self, anchors: tuple[int, ...], most: float = math.inf) -> float:
+        """Returns what all followers lose; infinite as soon as that is above `most`."""
         total = 0.0
         for anchor, members in followers(anchors, self._table.layers).items():
             key = (tuple(a for a in anchors if a <= anchor), members)
@@ -136,6 +126,8 @@ class Costs:
                 lost = self._table.lost(self._score(*key))
                 self._known[key] = float((self._worth[list(members)] @ lost).sum())
             total += self._known[key]
+            if total > most:
+                return math.inf
         return total
 
     def _score(self, anchors: tuple[int, ...], members: tuple[int, ...]) -> Tensor:
@@ -180,7 +172,5 @@ def expectation_maximised(features: Tensor, target: Tensor, steps: int) -> Tenso
     return weights / weights.sum().clamp(min=1e-30)
 
 
-def _stacked(parts: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
-    """Returns rows [R, T] of parts [n, T'], each padded at its end."""
-    padded = [torch.nn.functional.pad(p.to(device).float(), (0, length - p.shape[-1])) for p in parts]
-    return torch.cat(padded)
+def _padded(part: Tensor, length: int, device: torch.device) -> Tensor:
+    return torch.nn.functional.pad(part.to(device), (0, length - part.shape[-1]))

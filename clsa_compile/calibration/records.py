@@ -56,11 +56,13 @@ class Record:
 
 
 def chosen_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
-    """Returns `count` rows of a sequence, evenly spread over its last seven eighths, each moved at random."""
+    """Returns `count` rows of a sequence: the last, others at random, spread over seven eighths of it."""
     start = length // 8
     step = (length - start) / count
     jitter = torch.rand(count, generator=generator, dtype=torch.float64)
-    return (start + (torch.arange(count) + jitter) * step).long().clamp(max=length - 1).unique()
+    rows = (start + (torch.arange(count) + jitter) * step).long().clamp(max=length - 1)
+    rows[-1] = length - 1
+    return rows.unique()
 
 
 def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> Record:

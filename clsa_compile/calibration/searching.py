@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -201,9 +202,9 @@ class _Finder:
         """Returns the best anchors of a number: exact for pairs, then moved for choosing together."""
         done = self._shown.stage(f"placing {count} anchors", None)
 
-        def cost(anchors: tuple[int, ...]) -> float:
+        def cost(anchors: tuple[int, ...], most: float = math.inf) -> float:
             done()
-            return self._costs.total(anchors)
+            return self._costs.total(anchors, most)
 
         def make() -> list[int]:
             start = min(self._starts[count - 1], uniform(self._layers, count), key=cost)

@@ -57,7 +57,7 @@ def _traced(lasts: Sequence[Sequence[int]], layers: int) -> tuple[int, ...]:
 
 
 def improved(
-    cost: Callable[[tuple[int, ...]], float],
+    cost: Callable[[tuple[int, ...], float], float],
     anchors: Sequence[int],
     layers: int,
     *,
@@ -66,10 +66,11 @@ def improved(
 ) -> tuple[int, ...]:
     """Returns anchors that no move of a single one makes better by `least` of their cost, or after `passes`.
 
-    For costs that are not a sum over pairs, where `best` is only a start. The first layer stays one.
+    For costs that are not a sum over pairs, where `best` is only a start. cost(anchors, most) may give up
+    with infinity where it is above `most`. The first layer stays one.
     """
     current = tuple(sorted(anchors))
-    lowest = cost(current)
+    lowest = cost(current, float("inf"))
     for _ in range(passes):
         before = lowest
         for anchor in current:
@@ -77,7 +78,7 @@ def improved(
                 continue
             rest = [a for a in current if a != anchor]
             moves = [tuple(sorted((*rest, to))) for to in range(1, layers) if to not in current]
-            costs = [cost(move) for move in moves]
+            costs = [cost(move, lowest) for move in moves]
             if costs and min(costs) < lowest * (1 - least):
                 lowest = min(costs)
                 current = moves[costs.index(lowest)]

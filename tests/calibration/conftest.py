@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from clsa_compile.backend import decided
+from clsa_compile.calibration import given
+from clsa_compile.calibration.graphs import Forward
 from clsa_compile.calibration.searching import Asked, Found, find
+from clsa_compile.capture.dynamo import capture
+from clsa_compile.config import Options
+from clsa_compile.passes.pipeline import carry_out
 from clsa_compile.testing import tiny
 
 LAYERS, LENGTH = 5, 48
@@ -49,6 +56,40 @@ def found(model: Any, tokens: list[Tensor], folder: Path) -> Found:
     return find(model, tokens, ASKED, folder, progress=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _captured_once(model: Any) -> Iterator[None]:
+    """Captures the model once a length for all tests: that takes longer than anything they do with it."""
+    known: dict[int, Forward] = {}
+    real = given.fitting
+
+    def fitting(other: Any, ids: Tensor) -> Forward:
+        if other is not model:
+            return real(other, ids)
+        length = ids.shape[1]
+        if length not in known:
+            known[length] = real(model, ids)
+        return known[length]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(given, "fitting", fitting)
+        yield
+
+
+@pytest.fixture
+def passes() -> Callable[..., Any]:
+    """Returns what makes a backend of options: the rewritten graph is run as it is, Inductor left out."""
+
+    def make(**options: Any) -> Callable[..., Any]:
+        def backend(module: Any, _: Any, **__: Any) -> Callable[..., Any]:
+            captured = capture(module)
+            carry_out(captured, decided(captured, Options.read(options)), (), lambda kernel: kernel)
+            return captured.module.forward
+
+        return backend
+
+    return make
+
+
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def _fresh() -> None:
     torch._dynamo.reset()

@@ -8,37 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clsa_compile.backend import decided, requested
+from clsa_compile.backend import requested
 from clsa_compile.calibration.graphs import fitting
-from clsa_compile.capture.dynamo import capture
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.passes.pipeline import carry_out
 from clsa_compile.testing import tiny
 
 IDS = torch.randint(1, 100, (1, 40), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"topk": 8, "keep_first": 2, "keep_last": 3, "prefill": "sparse", "share": 2}
 WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-FAMILIES = {"llama": {}, "gemma3_text": WINDOWS, "deepseek_v3": {}}
-MORE = {"cohere2": WINDOWS, "gemma3n_text": {}, "granite": {}, "qwen3_moe": {}}
-
-
-def compiled(model: nn.Module, options: Options) -> Tensor:
-    """Returns logits through the compiler's passes, Inductor left out."""
-
-    def passes(module: Any, _: Any, **__: Any) -> Any:
-        captured = capture(module)
-        carry_out(captured, decided(captured, options), (), lambda kernel: kernel)
-        return captured.module.forward
-
-    with torch.no_grad():
-        return torch.compile(model, backend=passes)(input_ids=IDS, use_cache=False).logits
+FAMILIES = {"llama": {}, "gemma3_text": WINDOWS}
+MORE = {"deepseek_v3": {}, "cohere2": WINDOWS, "gemma3n_text": {}, "granite": {}, "qwen3_moe": {}}
 
 
 @pytest.mark.parametrize(
     "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
 )
-def test_logits_are_the_models_and_the_compilers(family: str) -> None:
+def test_logits_are_the_models_and_the_compilers(family: str, passes: Any) -> None:
     model = tiny(family, **{**FAMILIES, **MORE}[family])
     forward = fitting(model, IDS)
     options = Options.read(OPTIONS)
@@ -47,7 +33,8 @@ def test_logits_are_the_models_and_the_compilers(family: str) -> None:
             graph.logits(*graph.run(IDS)) for graph in (forward.graph(), forward.graph(requested(options)))
         )
         torch.testing.assert_close(dense, model(input_ids=IDS, use_cache=False).logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(shared, compiled(model, options), atol=1e-5, rtol=1e-4)
+        compiled = torch.compile(model, backend=passes(**OPTIONS))(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(shared, compiled, atol=1e-5, rtol=1e-4)
     assert (shared - dense).abs().max() > 1e-3
     assert forward.graph().head is not None
     assert all(layer.path in dict(model.named_modules()) for layer in forward.layers)
@@ -119,7 +106,7 @@ class Broken(Bare):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("make", "message"),
     [
         (lambda: tiny("glm_moe_dsa"), "this model selects tokens by itself"),
         (lambda: tiny("llama", num_hidden_layers=1), "1 of the model's 1 attentions .* it takes 2 at least"),
@@ -127,6 +114,6 @@ class Broken(Bare):
         (Broken, "is no single graph"),
     ],
 )
-def test_models_that_cannot_share_are_errors(model: Any, message: str) -> None:
+def test_models_that_cannot_share_are_errors(make: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        fitting(model(), IDS % 50)
+        fitting(make(), IDS % 50)

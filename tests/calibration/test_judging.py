@@ -26,19 +26,13 @@ class Words:
         return f"word{ids[0]}"
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """Returns the logits of ids with OPTIONS, from the compiler."""
-    compiled = torch.compile(model, backend="clsa", options={**OPTIONS, "prefill": "sparse"})
-    with torch.no_grad():
-        return compiled(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
-
-
-def test_figures_are_those_of_both_models_logits(model: Any, tokens: list[Tensor]) -> None:
+def test_figures_are_those_of_both_models_logits(model: Any, tokens: list[Tensor], passes: Any) -> None:
     ids = tokens[0]
     quality = clsa_compile.evaluate(model, OPTIONS, ids, tokenizer=Words(), skip=30)
     with torch.no_grad():
         dense = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 30:-1]
-    sparse = torch.cat([logits(model, row[None]) for row in ids])[:, 30:-1]
+        compiled = torch.compile(model, backend=passes(**OPTIONS, prefill="sparse"))
+        sparse = compiled(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 30:-1]
     labels = ids[:, 31:, None]
     kl = (dense.exp() * (dense - sparse)).sum(-1)
     assert quality.tokens == 34

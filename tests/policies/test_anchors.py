@@ -42,7 +42,7 @@ def test_moves_only_make_it_better_and_end_where_no_move_does(
 ) -> None:
     layers = len(cost)
     start = data.draw(st.sampled_from(choices(layers, data.draw(st.integers(1, layers)))))
-    found = improved(lambda anchors: total(cost, anchors), start, layers, passes=99)
+    found = improved(lambda anchors, most: total(cost, anchors), start, layers, passes=99)
     assert found[0] == 0
     assert len(found) == len(start)
     assert total(cost, found) <= total(cost, start)
