@@ -53,7 +53,6 @@ def test_plain_data_is_json() -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     QUALITY.heatmap(tmp_path / "who.png")
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(OptionError, match="no picture can be written"):
