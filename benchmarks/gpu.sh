@@ -12,23 +12,29 @@ run() { # name, command...
   echo "== $name"
   "$@" 2>&1 | tee "$out/$name.log" | tail -n 40 || { echo "== $name FAILED"; status=1; }
 }
-sanitize() { # tool: one process a test file
-  local tool=$1 name pids=() file
+sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that each stop at their time
+  local tool=$1 shards=${SANITIZE_SHARDS:-14} folder shard pids=() failed=0
+  folder=$(mktemp -d)
   # torch's allocator would hide what lies beyond a tensor. Without it no CUDA graph can be captured, as
   # autotune's clock does.
   [ "$tool" = memcheck ] && export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  for file in $(grep -l "mark.gpu\|def test.*device: str" tests/kernels/test_*.py | grep -v autotune); do
-    name=$(basename "$file" .py)
-    timeout "${SANITIZE_SECONDS:-280}" compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$out/$tool.$name.txt" \
-      python3 -m pytest "$file" -m "gpu and not slow" -q -p no:cacheprovider > "$out/$tool.$name.log" 2>&1 &
-    pids+=("$!:$name")
+  python3 -m pytest tests/kernels --ignore=tests/kernels/test_autotune.py -m "gpu and not slow" --collect-only -q \
+    -p no:cacheprovider | grep :: | sort -t: -k1,1 > "$folder/all"
+  split -d -n "r/$shards" "$folder/all" "$folder/shard."
+  for shard in "$folder"/shard.*; do
+    timeout "${SANITIZE_SECONDS:-280}" compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$shard.found" \
+      python3 -m pytest "@$shard" -v -p no:cacheprovider > "$shard.log" 2>&1 &
+    pids+=("$!:$shard")
   done
-  local code failed=0
-  for pid in "${pids[@]}"; do
-    wait "${pid%%:*}"; code=$?
-    [ $code -eq 0 ] || failed=1
-    echo "$tool ${pid##*:}: exit $code; $(tail -n 1 "$out/$tool.${pid##*:}.log"); $(tail -n 1 "$out/$tool.${pid##*:}.txt")"
+  for shard in "${pids[@]}"; do
+    wait "${shard%%:*}" || { failed=1; echo "$tool: a shard ended with $?: $(tail -n 1 "${shard#*:}.log" | cut -c1-150)"; }
   done
+  cat "$folder"/shard.*.found > "$out/$tool.txt"
+  cat "$folder"/shard.*.log | grep -E "::.*(PASSED|FAILED|ERROR)" | sed 's/ \[.*//' | sort > "$out/$tool.tests.txt"
+  echo "$tool: $(grep -c PASSED "$out/$tool.tests.txt") of $(wc -l < "$folder/all") tests passed," \
+    "$(grep -cE "FAILED|ERROR" "$out/$tool.tests.txt") failed;" \
+    "$(grep -cE "Error|WARN|hazard" "$out/$tool.txt") findings"
+  sort "$out/$tool.txt" | uniq -c | sort -rn | head -n 12
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
   return $failed
 }

@@ -16,13 +16,15 @@ from torch import Tensor
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.dense_attention import decode
 from clsa_compile.kernels.index_topk.select import padded
-from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, power_of_two
+from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div
 from clsa_compile.kernels.render import kernel
 
 LOG2E = 1.4426950408889634
-# Scores that a program holds, of all heads for some keys, and sets of tokens that it makes sums for.
-HELD = 8192
-MOST_SETS = 32
+# A program's keys and warps (a thread holds 8 keys), heads in flight, and sets of tokens that it sums for.
+BLOCK_T = 1024
+WARPS = 4
+MOST_HEADS = 8
+MOST_SETS = 8
 
 
 def supports(facts: Facts) -> Support:
@@ -67,15 +69,14 @@ def mass(
 ) -> Tensor:
     """Returns mass fp32 [B, N, S, T] of a pass and its denominators [B, H, S], in units of log2."""
     b, h, s, tpad = scores.below.shape
-    sets, block_h = weight.shape[0], power_of_two(h)
-    block_t = max(16, HELD // block_h)
+    sets = weight.shape[0]
     out = norm.new_empty((b, sets, s, t))
     for first in range(0, sets, MOST_SETS):
         part = weight[first : first + MOST_SETS]
         whole = sets <= MOST_SETS
         target = out if whole else norm.new_empty((b, part.shape[0], s, t))
         jit = kernel("attention_mass", sets=part.shape[0], bounds=bounds is not None, power=power != 1)
-        wrap(jit)[(ceil_div(t, block_t), b * s)](
+        wrap(jit)[(ceil_div(t, BLOCK_T), b * s)](
             below_ptr=scores.below,
             tops_ptr=scores.tops,
             norm_ptr=norm.contiguous(),
@@ -88,10 +89,11 @@ def mass(
             POWER=power,
             H=h,
             N=part.shape[0],
-            BLOCK_H=block_h,
-            BLOCK_T=block_t,
+            HEADS=min(h, MOST_HEADS),
+            BLOCK_T=BLOCK_T,
             TILE=scores.plan[2],
-            num_warps=4,
+            SUB=min(scores.plan[2], BLOCK_T),
+            num_warps=WARPS,
             num_stages=1,
         )
         if not whole:
