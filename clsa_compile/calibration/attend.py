@@ -211,6 +211,10 @@ def sparse(call: Operands, chosen: Tensor) -> Tensor:
 
 
 def _fused(call: Operands, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.is_cuda:
+        # On CUDA grouped heads in float32 have no kernel but the one that keeps all probabilities.
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
