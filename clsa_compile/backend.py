@@ -149,6 +149,7 @@ def requested(options: Options) -> Request | None:
         options.dense_layers,
         options.keep_first,
         options.keep_last,
+        options.pool,
     )
     return Request(route(dense), options.prefill == "sparse")
 

@@ -27,8 +27,10 @@ class Options:
 
     topk: dense layers attend to this many tokens, chosen by attention mass, 1 to 4096. Changes results.
     share: "off", a number n (every n-th layer runs its indexer, the others read its index), or a schedule of
-        the letters F and S. Changes results. On dense layers, with `topk`: F attends to all tokens and
-        chooses, S attends to what the last F chose; "off" lets every layer choose for itself.
+        the letters F, S and R. Changes results. On dense layers, with `topk`: F attends to all tokens and
+        chooses, S attends to what the last F or R chose; "off" lets every layer choose for itself. R chooses
+        again, among the `pool` tokens that the last F ranks first; a dense layer attends to these.
+    pool: tokens that an R of `share` chooses among, 4096 at most; 4 times as many as are chosen by default.
     scope: "layer" (one set of tokens for all heads) or "kv_head" (one a kv head).
     dense_layers: so many of the first layers stay dense, where `share` is no schedule.
     keep_first, keep_last: tokens at both ends of a sequence that are always selected.
@@ -43,6 +45,7 @@ class Options:
 
     topk: int | None = None
     share: int | str | SharingPlan = "off"
+    pool: int | None = None
     scope: str = "layer"
     dense_layers: int = 0
     keep_first: int = 4
@@ -93,6 +96,11 @@ class Options:
                 self.topk is None or _is_count(self.topk, 1, MOST_TOKENS),
                 f"1 to {MOST_TOKENS}, or None",
             ),
+            (
+                "pool",
+                self.pool is None or _is_count(self.pool, 2, MOST_TOKENS),
+                f"2 to {MOST_TOKENS}, or None",
+            ),
             ("scope", self.scope in SCOPES, " or ".join(map(repr, SCOPES))),
             ("dense_layers", _is_count(self.dense_layers, 0), "a number from 0"),
             ("keep_first", _is_count(self.keep_first, 0), "a number from 0"),
@@ -121,6 +129,8 @@ class Options:
                 raise OptionError(f"the option {name!r} is {getattr(self, name)!r}; accepted: {accepted}")
         if self.reclaim and self.share == "off":
             raise OptionError("the option 'reclaim' needs 'share': without it every indexer runs")
+        if self.pool is not None and not (isinstance(self.share, str) and "R" in self.share):
+            raise OptionError("the option 'pool' needs an R in 'share': no other layer chooses among a pool")
         if self.topk is not None and self.keep_first + self.keep_last > self.topk:
             kept = f"keep_first={self.keep_first} and keep_last={self.keep_last}"
             raise OptionError(f"{kept} are more tokens than topk={self.topk} selects")
@@ -132,7 +142,7 @@ class Options:
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        names = ("topk", *_DENSE, "reclaim", "strict", "mode", "autotune")
+        names = ("topk", "pool", *_DENSE, "reclaim", "strict", "mode", "autotune")
         ours = ";".join(f"{name}={getattr(self, name)!r}" for name in names)
         share = self.share.digest() if isinstance(self.share, SharingPlan) else repr(self.share)
         return f"share={share};{ours};inductor={inductor}"
@@ -168,8 +178,11 @@ def _share_problem(share: object) -> str:
         return f"a {type(share).__name__} is no schedule"
     if isinstance(share, int):
         return "" if share >= 1 else "an index is shared by 1 layer at least"
-    if not share or set(share) - set("FS"):
-        return "a schedule consists of F (runs its indexer) and S (reads the index of the last F)"
+    if not share or set(share) - set("FRS"):
+        return (
+            "a schedule consists of F (runs its indexer), S (reads the index of the last F or R) and R (chooses "
+            "among what the last F offers)"
+        )
     if share[0] != "F":
         return "before the first F there is no index to read"
     return ""

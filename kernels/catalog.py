@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 
 from clsa_compile.ir.variants import Variant
 from clsa_compile.kernels.dense_attention import decode as attention_decode
-from clsa_compile.kernels.dense_attention import mass, sdpa
+from clsa_compile.kernels.dense_attention import mass, pooled, sdpa
 from clsa_compile.kernels.dense_attention import rows as attention_rows
 from clsa_compile.kernels.index_topk import choose
 from clsa_compile.kernels.index_topk import decode as index_decode
@@ -25,6 +25,7 @@ VARIANTS: tuple[Variant, ...] = (
     index_rows.ROWS,
     gather.GATHER,
     mass.MASS,
+    pooled.POOLED,
     choose.CHOOSE,
 )
 

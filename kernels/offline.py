@@ -33,6 +33,8 @@ from clsa_compile.kernels.catalog import VARIANTS
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # Where a spill is a violation; elsewhere it is only shown.
 NO_SPILLS = (90,)
+# Of `attention_mass` over a pool of tokens.
+POOLED_ARGUMENTS = 13
 TYPES = {
     torch.bool: "*i1",
     torch.uint8: "*u8",
@@ -314,6 +316,10 @@ def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
         q, k, v, *rest = _attention(b, 24, 8, 1, t, 128, 128, torch.bfloat16, bounds=bounds[:b])
         weight = meta(sets, 24, dtype=torch.float32)
         yield "attention_mass", f"Llama B={b}, {sets} sets", [q, k, v, weight, *rest, power]
+    q, k, v, *_ = _attention(1, 24, 8, 1, t, 128, 128, torch.bfloat16)
+    weight, pool = meta(1, 24, dtype=torch.float32), meta(1, 1, 1, 4096, dtype=i32)
+    alone = [None, None, [], None, 0.1, 0.0, "", 1.0]
+    yield "attention_mass", "Llama, a pool of 4096", [q, k, v, weight, *alone, pool]
     yield "select_topk", "Llama", [meta(1, 1, 1, t, dtype=torch.float32), bounds[:1], 2048, 4, 32]
 
 
@@ -327,6 +333,8 @@ def recorded() -> Iterator[tuple[str, Launch]]:
                 continue
             rows = arguments[0].shape[2]
             if (variant.name == "decode") != (rows <= 8) and op in ("attention", "index_topk"):
+                continue
+            if op == "attention_mass" and (variant.name == "pooled") != (len(arguments) == POOLED_ARGUMENTS):
                 continue
             recorder = Recorder()
             variant.launch(*arguments, wrap=recorder)

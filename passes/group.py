@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Group, Plan, SitePlan
-from clsa_compile.ir.routing import Pool, Request
+from clsa_compile.ir.routing import Pool, Request, is_reindex
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
 from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
@@ -46,7 +46,7 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     ]
     schedule = "".join("F" if anchor == i else "S" for i, anchor in enumerate(read))
     if request is not None:
-        schedule = "".join("S" if s.ordinal in members else "F" for s in shareable(sites.attention))
+        schedule = "".join(_letter(pools, s.ordinal) for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
         (*_index_groups(able, read), *_kv_groups(sites.attention), *map(_mass_group, pools)),
@@ -54,6 +54,13 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
     )
+
+
+def _letter(pools: Sequence[Pool], ordinal: int) -> str:
+    """Returns F for a layer that attends to all tokens, R for one that chooses among some, else S."""
+    if not any(ordinal in pool.members for pool in pools):
+        return "F"
+    return "R" if is_reindex(pools, ordinal) else "S"
 
 
 def _owners(able: Sequence[AttentionSite]) -> list[int]:

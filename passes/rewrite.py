@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import clsa_compile.ir.ops  # noqa: F401 (registers the contract ops)
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Plan
-from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.routing import Pool, is_reindex
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Sites
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.patterns.indexer import canonical
@@ -60,11 +59,19 @@ class _Rewriter:
                 text = print_predicate(mask.predicate)
                 return *self._mask(emit, mask, q, k), sinks, site.scale, site.softcap, text
 
-            result = self._anchored(emit, site, (q, k, v), tail)
             mask = MaskSpec() if indexer is None else indexer.mask
-            if (pool := self._pool_of(site)) is not None:
+            pool = self._pool_of(site)
+            # A layer that chooses among what an earlier one has chosen reads no more than that.
+            among = None if pool is None or not is_reindex(self._pools, site.ordinal) else pool
+            if among is not None:
+                indices, mask = self._sets(emit, site, among)
+                result = self._anchored(emit, site, (q, k, v), tail(_needed_mask(site, mask)), indices)
+            else:
+                result = self._anchored(emit, site, (q, k, v), tail(site.mask))
+            self._select(emit, site, (q, k))
+            if pool is not None and among is None:
                 indices, mask = self._sets(emit, site, pool)
-            if indices is not None:
+            if indices is not None and among is None:
                 needed = tail(_needed_mask(site, mask))
                 result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *needed)
             elif result is None:
@@ -79,43 +86,55 @@ class _Rewriter:
         return next((i for i, pool in enumerate(self._pools) if site.ordinal in pool.members), None)
 
     def _anchored(
-        self, emit: Emitter, site: AttentionSite, qkv: tuple[Node, Node, Node], tail: Callable[..., Any]
+        self,
+        emit: Emitter,
+        site: AttentionSite,
+        qkv: tuple[Node, Node, Node],
+        rest: tuple[Any, ...],
+        indices: Node | None = None,
     ) -> Node | None:
-        """Adds an anchor's dense attention, and the selections that are made after it; returns its output."""
+        """Adds an anchor's attention, and the selections that are made after it; returns its output.
+
+        `rest` are the arguments from the mask on; `indices` the only tokens that it reads.
+        """
         fed = [i for i, pool in enumerate(self._pools) if site.ordinal in pool.sources]
         result = None
-        rest = tail(site.mask)
         if fed:
-            weight = [row for i in fed for row in self._pools[i].sources[site.ordinal]]
+            # Selections of different sizes may be made of one mass.
+            tables = dict.fromkeys(self._pools[i].sources[site.ordinal] for i in fed)
+            weight = [row for table in tables for row in table]
             both = emit.call(
                 torch.ops.clsa.attention_mass.default,
                 *qkv,
                 self._constant(emit, weight, qkv[0]),
                 *rest,
                 self._pools[fed[0]].power,
+                *(() if indices is None else (indices,)),
             )
             result, mass = (emit.call(operator.getitem, both, i) for i in (0, 1))
-            start = 0
-            for i in fed:
-                end = start + self._pools[i].sets
-                whole = end - start == len(weight)
-                part = mass if whole else emit.call(aten.slice.Tensor, mass, 1, start, end)
-                self._mass[i].append(part)
+            parts, start = {}, 0
+            for table in tables:
+                end = start + len(table)
+                whole = len(table) == len(weight)
+                parts[table] = mass if whole else emit.call(aten.slice.Tensor, mass, 1, start, end)
                 start = end
-        for i, pool in enumerate(self._pools):
-            if pool.anchor == site.ordinal:
-                self._select(emit, i, rest[1], site.mask)
+            for i in fed:
+                self._mass[i].append(parts[self._pools[i].sources[site.ordinal]])
         return result
 
-    def _select(self, emit: Emitter, i: int, bounds: Node | None, mask: MaskSpec) -> None:
-        pool = self._pools[i]
-        total, *others = self._mass[i]
-        for other in others:
-            total = emit.call(aten.add.Tensor, total, other)
-        indices = emit.call(
-            torch.ops.clsa.select_topk.default, total, bounds, pool.topk, pool.keep_first, pool.keep_last
-        )
-        self._chosen[i] = indices, mask
+    def _select(self, emit: Emitter, site: AttentionSite, qk: tuple[Node, Node]) -> None:
+        """Adds the selections that a layer makes; `site` is the anchor."""
+        made = [i for i, pool in enumerate(self._pools) if pool.anchor == site.ordinal]
+        bounds = self._mask(emit, site.mask, *qk)[1] if made else None
+        for i in made:
+            pool = self._pools[i]
+            total, *others = self._mass[i]
+            for other in others:
+                total = emit.call(aten.add.Tensor, total, other)
+            indices = emit.call(
+                torch.ops.clsa.select_topk.default, total, bounds, pool.topk, pool.keep_first, pool.keep_last
+            )
+            self._chosen[i] = indices, site.mask
 
     def _sets(self, emit: Emitter, site: AttentionSite, i: int) -> tuple[Node, MaskSpec]:
         """Returns the indices [B, 1|Hkv, S, K] that a member attends to, and the mask of their choice."""

@@ -144,15 +144,23 @@ def dense(call: Operands) -> Tensor:
     return _laid_out(torch.cat(parts, 2))
 
 
-def massed(call: Operands, weight: Tensor, power: float) -> tuple[Tensor, Tensor]:
-    """Returns dense attention and the mass fp32 [B, N, S, T] of weight [N, H], -inf where none may read."""
+def massed(
+    call: Operands, weight: Tensor, power: float, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns attention and the mass fp32 [B, N, S, T] of weight [N, H], -inf where none may read.
+
+    The boolean mask `chosen` [B, 1, S, T] has the only tokens that may be read, where it is given.
+    """
     b, h, s, _ = call.q.shape
     mass = call.q.new_full((b, weight.shape[0], s, call.k.shape[2]), -math.inf, dtype=torch.float32)
     parts = []
     for rows, end in call.blocks():
         scores = call.scores(rows, end)
+        if chosen is not None:
+            scores = scores.masked_fill_(~chosen[:, :, rows, :end], -math.inf)
         unread = (scores == -math.inf).all(1, keepdim=True)
-        probabilities = call.softmax(scores)
+        # A causal row has a key to read, but it need not be among those chosen.
+        probabilities = (call if chosen is None else replace(call, causal=False)).softmax(scores)
         parts.append(call.weigh(probabilities))
         # Square roots in place: the usual power, and the values have been weighed already.
         seen = probabilities.sqrt_() if power == 0.5 else probabilities**power

@@ -30,6 +30,8 @@ aten = torch.ops.aten
 # the tokens it attended to where those were chosen. What it returns goes on in place of the output.
 Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
 
+# Arguments of an `attention_mass` that may read some tokens only.
+_WITH_INDICES = 13
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default)
 # What may follow the head's product: row by row, with constants.
 _POINTWISE = (
@@ -122,8 +124,9 @@ class _Run(Interpreter):
 
     def _attention_mass(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *args: Any) -> Any:
         call = self._masks.operands((q, k, v, *args))
-        out, mass = attend.massed(call, weight, args[-1])
-        return self._seen(call, out, None), mass
+        power, chosen = args[7], args[8] if len(args) > 8 else None
+        out, mass = attend.massed(call, weight, power, chosen)
+        return self._seen(call, out, chosen), mass
 
     def _select_topk(self, mass: Tensor, _: Any, topk: int, keep_first: int, keep_last: int) -> Tensor:
         # A mask in place of indices: slices and concatenations of sets mean the same on both.
@@ -225,7 +228,8 @@ def _sites_of(captured: Captured, ordinals: Sequence[int], members: set[int]) ->
         if op not in ("attention", "attention_mass", "sparse_attention"):
             continue
         current = next(coming) if pending is None else pending
-        twice = op == "attention_mass" and current in members
+        # What is given the tokens to read is the layer itself, which chooses among them.
+        twice = op == "attention_mass" and current in members and len(node.args) < _WITH_INDICES
         found.append(None if twice else current)
         pending = current if twice else None
     return found

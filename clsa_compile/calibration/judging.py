@@ -22,7 +22,7 @@ from clsa_compile.calibration.quality import LayerQuality, Quality, WorstToken
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Pool, Request
+from clsa_compile.ir.routing import Pool, Request, is_reindex
 from clsa_compile.ir.sharing import SharingPlan
 
 __all__ = ["Judge", "evaluate"]
@@ -79,7 +79,10 @@ class Judge:
         anchors = {m: pool.anchor for pool in pools for m in pool.members}
         layers = tuple(
             LayerQuality(
-                entry.path, "S" if i in kept else "F", anchors.get(i) if i in kept else None, kept.get(i)
+                entry.path,
+                ("R" if is_reindex(pools, i) else "S") if i in kept else "F",
+                anchors.get(i) if i in kept else None,
+                kept.get(i),
             )
             for i, entry in enumerate(self._model.layers)
         )

@@ -49,8 +49,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_mass(Tensor q, Tensor k, Tensor v, Tensor weight, Tensor? mask, Tensor? bounds,"
-    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate, float power)"
-    " -> (Tensor, Tensor)"
+    " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate, float power,"
+    " Tensor? indices=None) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
     "select_topk(Tensor mass, Tensor? bounds, SymInt topk, int keep_first, int keep_last) -> Tensor"
@@ -180,14 +180,17 @@ def attention_mass_reference(
     softcap: float,
     predicate: str,
     power: float,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense attention that also says what it looked at: out [B, H, S, Dv], mass fp32 [B, N, S, T].
 
     mass[n] is the sum over heads of weight [N, H] times the probability after the softmax, raised to `power`;
-    a sink takes its share of the softmax. It is -inf where no head may read a key. The rest is as in
-    `attention_reference`.
+    a sink takes its share of the softmax. It is -inf where no head may read a key. `indices` int32 [B, 1, S, P]
+    are the only tokens that may be read, where they are given. The rest is as in `attention_reference`.
     """
     scores = _masked_scores(q, k, mask, mask_inputs, scale, softcap, predicate)
+    if indices is not None:
+        scores = torch.where(selected(indices, k.shape[2]), scores, -math.inf)
     probabilities, _ = _softmax(scores, sinks)
     seen = probabilities if power == 1 else probabilities**power
     mass = torch.einsum("nh,bhst->bnst", weight.to(scores.dtype), seen)

@@ -77,6 +77,12 @@ class Pool:
         return cls(**{**data, **changed})
 
 
+def is_reindex(pools: Sequence[Pool], layer: int) -> bool:
+    """Tells whether a layer chooses among what an earlier one has chosen: it reads that, and a pool has it."""
+    follows = any(layer in pool.members and pool.anchor != layer for pool in pools)
+    return follows and any(layer in pool.sources for pool in pools)
+
+
 # The pools of a graph, from its layers that may share.
 Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
 

@@ -16,7 +16,7 @@ class Facts:
     """What is known of a contract op when it is lowered. Unknown sizes (SymInt) are None.
 
     B, H, Hkv, S, T, D, Dv as in `ir/ops.py`; for `index_topk` H counts index heads and D is the width of
-    the index. `topk` is K, 0 for dense attention. `paged`: the cache is a pool of pages, and T is M * P.
+    the index. `topk` is K, or the tokens that attention may read, 0 for all of them. `paged`: the cache is a pool of pages, and T is M * P.
     """
 
     op: str
@@ -53,7 +53,8 @@ class Facts:
             return cls(op, mass.device.type, mass.dtype, b, sets or 0, sets or 0, s, t, 0, 0, topk, *flags)
         q, k, mask, pages = values["q"], values["k"], values["mask"], values.get("pages")
         check_pages(q, k, values.get("v"), pages)
-        topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)
+        indices = values.get("indices")
+        topk = values.get("topk", 0) if indices is None else indices.shape[-1]
         return cls(
             op=op,
             device=q.device.type,

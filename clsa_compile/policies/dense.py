@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Layer, Pool, Route, Weights
+from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool, Route, Weights
 from clsa_compile.policies.schedule import shown
 
-__all__ = ["Dense", "route"]
+__all__ = ["Dense", "candidates", "route"]
+
+# Tokens to choose among, for each that is chosen.
+POOL = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Dense:
     dense_layers: int = 0
     keep_first: int = 4
     keep_last: int = 32
+    pool: int | None = None
 
 
 def route(dense: Dense) -> Route:
@@ -34,19 +38,42 @@ def _pools(dense: Dense, layers: Sequence[Layer]) -> tuple[Pool, ...]:
     if dense.share == "off":
         # Every layer after the dense ones attends to what it would have looked at most itself.
         return tuple(_pool(dense, layer, (layer,)) for layer in layers[dense.dense_layers :])
-    groups: list[tuple[Layer, list[Layer]]] = []
-    for layer, role in zip(layers, roles(dense, len(layers)), strict=True):
-        if role == "F":
-            groups.append((layer, []))
+    schedule = roles(dense, len(layers))
+    # By the layer that chooses: who attends to its tokens, and who chooses among the more it offers.
+    narrow: dict[Layer, list[Layer]] = {}
+    again: dict[Layer, list[Layer]] = {}
+    full = last = None
+    for layer, role in zip(layers, schedule, strict=True):
+        if role == "R" and full is not None:
+            again.setdefault(full, []).append(layer)
+        if role == "S" and last is not None:
+            narrow.setdefault(last, []).append(layer)
         else:
-            groups[-1][1].append(layer)
-    return tuple(_pool(dense, anchor, tuple(members)) for anchor, members in groups if members)
+            full, last = (layer, layer) if role == "F" else (full, layer)
+    wide = replace(dense, topk=candidates(dense.topk, dense.pool), scope="layer") if again else dense
+    offered = [_pool(wide, anchor, members) for anchor, members in again.items()]
+    return (*offered, *(_pool(dense, anchor, members) for anchor, members in narrow.items()))
+
+
+def candidates(topk: int, pool: int | None) -> int:
+    """Returns how many tokens a layer offers to those that choose again among them.
+
+    Raises OptionError for a pool that is no larger than what is chosen from it.
+    """
+    found = min(POOL * topk, MOST_TOKENS) if pool is None else pool
+    if found <= topk:
+        raise OptionError(
+            f"a pool of {found} tokens leaves nothing to choose for topk={topk}; give a larger 'pool', "
+            f"{MOST_TOKENS} at most, or a smaller 'topk'"
+        )
+    return found
 
 
 def roles(dense: Dense, layers: int) -> str:
-    """Returns the schedule of a graph: F attends to all tokens, S to those that the last F chose.
+    """Returns the schedule of a graph: F attends to all tokens, S to those that the last F or R chose.
 
-    Raises OptionError for a schedule of another length.
+    R attends to the tokens that the last F offers, and chooses among them. Raises OptionError for a schedule of
+    another length.
     """
     if isinstance(dense.share, int):
         first = dense.dense_layers

@@ -28,7 +28,9 @@ MOST_SETS = 8
 
 
 def supports(facts: Facts) -> Support:
-    """Takes what dense decode takes, but no pages."""
+    """Takes what dense decode takes, but no pages, and no tokens that alone may be read."""
+    if facts.topk:
+        return Support(False, "only some tokens may be read")
     return Support(False, "a cache of pages") if facts.paged else decode.supports(facts)
 
 
@@ -45,6 +47,7 @@ def launch(
     softcap: float,
     predicate: str,
     power: float,
+    indices: None = None,
     *,
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:

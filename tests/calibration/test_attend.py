@@ -80,6 +80,17 @@ def test_mass_is_the_contract_ops(args: list[Any], power: float) -> None:
     near(mass, expected_mass)
 
 
+def test_mass_of_some_tokens_is_the_contract_ops(args: list[Any]) -> None:
+    weight = torch.rand(2, H, generator=torch.Generator().manual_seed(4))
+    mass = attention_mass_reference(*args[:3], weight[:1], *args[3:], 1.0)[1]
+    indices = select_topk_reference(mass, None, 6, 1, 2)
+    chosen = attend.best(mass, 6, 1, 2)
+    out, ours = attend.massed(attend.Masks().operands(args), weight, 0.5, chosen)
+    expected, theirs = attention_mass_reference(*args[:3], weight, *args[3:], 0.5, indices)
+    near(out, expected)
+    near(ours, theirs)
+
+
 @pytest.mark.parametrize("sets", [1, HKV])
 def test_sparse_is_the_contract_op(args: list[Any], sets: int) -> None:
     weight = torch.rand(sets, H, generator=torch.Generator().manual_seed(3))

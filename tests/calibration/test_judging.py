@@ -17,6 +17,7 @@ from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
 OPTIONS = {"topk": 12, "share": "FSFSS", "keep_first": 2, "keep_last": 3}
+AGAIN = {**OPTIONS, "share": "FSRSS", "pool": 24}
 
 
 class Words:
@@ -26,12 +27,15 @@ class Words:
         return f"word{ids[0]}"
 
 
-def test_figures_are_those_of_both_models_logits(model: Any, tokens: list[Tensor], passes: Any) -> None:
+@pytest.mark.parametrize("options", [OPTIONS, AGAIN])
+def test_figures_are_those_of_both_models_logits(
+    options: dict[str, Any], model: Any, tokens: list[Tensor], passes: Any
+) -> None:
     ids = tokens[0]
-    quality = clsa_compile.evaluate(model, OPTIONS, ids, tokenizer=Words(), skip=30)
+    quality = clsa_compile.evaluate(model, options, ids, tokenizer=Words(), skip=30)
     with torch.no_grad():
         dense = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 30:-1]
-        compiled = torch.compile(model, backend=passes(**OPTIONS, prefill="sparse"))
+        compiled = torch.compile(model, backend=passes(**options, prefill="sparse"))
         sparse = compiled(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)[:, 30:-1]
     labels = ids[:, 31:, None]
     kl = (dense.exp() * (dense - sparse)).sum(-1)
@@ -47,6 +51,13 @@ def test_figures_are_those_of_both_models_logits(model: Any, tokens: list[Tensor
     assert worst.token == ids[worst.sequence, worst.position]
     assert worst.text == f"word{worst.token}"
     assert len(quality.by_sequence) == 2
+
+
+def test_a_layer_that_chooses_again_says_so(model: Any, tokens: list[Tensor]) -> None:
+    quality = clsa_compile.evaluate(model, AGAIN, tokens[0])
+    assert quality.schedule == "FSRSS"
+    assert [layer.anchor for layer in quality.layers] == [None, 0, 0, 2, 2]
+    assert quality.layers[2].recovered > quality.layers[1].recovered
 
 
 def test_layers_say_whom_they_follow_and_what_they_keep(model: Any, tokens: list[Tensor]) -> None:

@@ -21,6 +21,7 @@ from clsa_compile.testing import Transcript, generate_steps, largest_difference,
 
 LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 20, 6, 48, 1e-4
 TOPK = {"topk": 8, "keep_first": 2, "keep_last": 3}
+POOL = 14
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -41,6 +42,7 @@ class Oracle:
     def __init__(self, schedule: str, prompts: bool, scope: str = "layer", own: bool = False) -> None:
         self.schedule, self.prompts, self.scope, self.own = schedule, prompts, scope, own
         self.chosen: dict[tuple[int, int, int], list[int]] = {}
+        self.offered: dict[tuple[int, int, int], list[int]] = {}
 
     def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         h, s = q.shape[1:3]
@@ -53,15 +55,21 @@ class Oracle:
         scores = scores.masked_fill(~allowed, -torch.inf)
         shared = self.prompts or s == 1
         role = self.schedule[module.layer_idx]
-        if role == "F" or self.own:
-            self._choose(scores.softmax(-1).nan_to_num(), allowed, group)
+        if role == "R" and shared:
+            scores = scores + self._bias(scores, self.offered)
+        if role in "FR" or self.own:
+            mass = scores.softmax(-1).nan_to_num()
+            readable = (scores > -torch.inf).any(1, keepdim=True)
+            self.chosen = self._choose(mass, readable, group, TOPK["topk"])
+            if role == "F":
+                self.offered = self._choose(mass, readable, group, POOL)
         if shared and (role == "S" or self.own):
-            scores = scores + self._bias(scores, group)
+            scores = scores + self._bias(scores, self.chosen)
         out = scores.softmax(-1).nan_to_num() @ v
         return out.transpose(1, 2), None
 
-    def _choose(self, mass: Tensor, allowed: Tensor, group: int) -> None:
-        self.chosen = {}
+    def _choose(self, mass: Tensor, allowed: Tensor, group: int, topk: int) -> dict[Any, list[int]]:
+        chosen = {}
         b, h, s, _ = mass.shape
         for i in range(b):
             for row in range(s):
@@ -71,11 +79,12 @@ class Oracle:
                     pooled = mass[i, heads if self.scope == "kv_head" else slice(None), row].sum(0)
                     ends = [*readable[:2], *readable[-3:]]
                     rank = {t: (t not in ends, -float(pooled[t]), t) for t in readable}
-                    self.chosen[i, head, row] = sorted(readable, key=rank.__getitem__)[: TOPK["topk"]]
+                    chosen[i, head, row] = sorted(readable, key=rank.__getitem__)[:topk]
+        return chosen
 
-    def _bias(self, scores: Tensor, group: int) -> Tensor:
+    def _bias(self, scores: Tensor, chosen: dict[Any, list[int]]) -> Tensor:
         bias = torch.full_like(scores, -torch.inf)
-        for (i, head, row), tokens in self.chosen.items():
+        for (i, head, row), tokens in chosen.items():
             bias[i, head, row, tokens] = 0.0
         return bias
 
@@ -116,6 +125,32 @@ def test_layers_attend_to_what_their_anchor_looked_at(
     for plan in sparse:
         assert plan.schedule == schedule
         assert plan.count("sparse") == schedule.count("S")
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("schedule", ["FSRSS", "FRSRS", "FFSRS"])
+def test_layers_choose_again_among_what_was_offered(
+    schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
+) -> None:
+    passes.options = Options.read({**TOPK, "share": schedule, "pool": POOL, "prefill": prefill})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    expected = oracle(model, cache, schedule, prefill == "sparse")
+    assert largest_difference(expected, ours) < TOLERANCE
+    sparse = [plan for plan in passes.plans if plan.pools]
+    assert sparse
+    for plan in sparse:
+        assert plan.schedule == schedule
+        assert plan.count("sparse") == schedule.count("S") + schedule.count("R")
+
+
+def test_a_pool_of_all_keys_is_the_dense_layer(passes: Any, oracle: Any) -> None:
+    passes.options = Options.read({**TOPK, "share": "FSRSS", "pool": LENGTH, "prefill": "sparse"})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(oracle(model, "static", "FSFSS", True), ours) < TOLERANCE
+    assert all(plan.schedule == "FSFSS" for plan in passes.plans)
 
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
@@ -191,6 +226,9 @@ def test_the_option_works_through_torch_compile() -> None:
         ({"topk": 4097}, "1 to 4096"),
         ({"topk": 8.0}, "topk"),
         ({"topk": 64, "share": "SFF"}, "before the first F"),
+        ({"topk": 64, "share": "RFF"}, "before the first F"),
+        ({"topk": 64, "share": "FSF", "pool": 128}, "'pool' needs an R in 'share'"),
+        ({"topk": 64, "share": "FRS", "pool": 5000}, "2 to 4096"),
         ({"topk": 64, "scope": "head"}, "'layer' or 'kv_head'"),
         ({"topk": 64, "prefill": True}, "'dense' or 'sparse'"),
         ({"topk": 64, "keep_last": -1}, "a number from 0"),
@@ -210,6 +248,7 @@ def test_options_that_cannot_be_are_errors(options: dict[str, Any], message: str
     [
         ({"share": "FSS"}, "'FSS' is for 3 layers; this graph has 5 dense layers that can share"),
         ({"share": "FSSSSS"}, "is for 6 layers; this graph has 5 dense layers"),
+        ({"share": "FRSSS", "pool": 8}, "a pool of 8 tokens leaves nothing to choose for topk=8"),
     ],
 )
 def test_schedules_that_do_not_fit_are_errors(options: dict[str, Any], message: str) -> None:

@@ -212,6 +212,16 @@ def test_mass_is_what_heads_looked_at(case: dict[str, Any], power: float, sets: 
     dense, _ = attention_reference(case["q"], case["k"], case["v"], *tail)
     assert torch.equal(out, dense)
     assert mass.shape == (b, sets, s, t)
+    every = torch.arange(t, dtype=torch.int32).expand(b, 1, s, t)
+    some = every.masked_fill(torch.arange(t) % 3 == 1, -1)
+    for read in (every, some):
+        only, seen = attention_mass_reference(case["q"], case["k"], case["v"], weight, *tail, power, read)
+        sparse = sparse_attention_reference(case["q"], case["k"], case["v"], read, *tail)
+        torch.testing.assert_close(only, sparse, atol=1e-5, rtol=1e-4)
+        assert ((seen > -math.inf) == ((mass > -math.inf) & (read >= 0))).all()
+    assert torch.equal(
+        attention_mass_reference(case["q"], case["k"], case["v"], weight, *tail, power, every)[1], mass
+    )
     # Values that are one-hot over keys give the probabilities back.
     onehot = torch.eye(t).expand(b, case["k"].shape[1], t, t)
     seen, _ = attention_reference(case["q"], case["k"], onehot, *tail)

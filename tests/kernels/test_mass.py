@@ -42,8 +42,8 @@ def operands(
     return [q, k, v, weight, None, bounds, list(inputs), sink, d**-0.5, softcap, predicate, power]
 
 
-def compare(run: Run, arguments: list[Any]) -> None:
-    out, mass = run("attention_mass", "decode", *arguments)
+def compare(run: Run, arguments: list[Any], variant: str = "decode") -> None:
+    out, mass = run("attention_mass", variant, *arguments)
     wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     exact_out, exact = attention_mass_reference(*wide)
     loose = 1e-5 if arguments[0].dtype == torch.float32 else 2e-2
@@ -75,6 +75,27 @@ def test_what_may_not_be_read_has_no_mass(device: str, run: Run) -> None:
     assert (mass[2] == -torch.inf).all()
     assert (mass[1, :, :, :40] == -torch.inf).all()
     assert (mass[0, :, 0, 301:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("options", [{}, {"sinks": True, "power": 0.5}, {"softcap": 3.0, "sets": 3}])
+def test_a_pool_is_all_that_is_looked_at(sizes: Any, options: dict[str, Any], device: str, run: Run) -> None:
+    """Rows may have fewer tokens than the pool holds; the last one here has none."""
+    b, t, s = sizes[0], sizes[4], sizes[3]
+    arguments = operands(device, sizes, **options)
+    generator = torch.Generator().manual_seed(3)
+    pools = torch.full((b, 1, s, 40), -1, dtype=torch.int32)
+    for i, row in enumerate(pools.view(-1, 40)[:-1]):
+        count = min(t, 40 - 7 * i)
+        row[:count] = torch.randperm(t, generator=generator)[:count].sort().values
+    compare(run, [*arguments, pools.to(device)], "pooled")
+
+
+def test_a_pool_under_another_mask_is_read_under_both(device: str, run: Run) -> None:
+    start = torch.tensor([0, 40], device=device)
+    arguments = operands(device, SIZES[1], predicate="kv >= in0(b)", inputs=(start,))
+    pool = torch.arange(20, 60, device=device, dtype=torch.int32).expand(2, 1, 3, 40).contiguous()
+    compare(run, [*arguments, pool], "pooled")
 
 
 @pytest.mark.parametrize(
