@@ -22,18 +22,17 @@ from clsa_compile.dump import Dump
 from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
-from clsa_compile.ir.routing import Request
+from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
-from clsa_compile.passes.group import Sharing
 from clsa_compile.passes.lower import Choice
 from clsa_compile.passes.pipeline import Decision, carry_out, decide, uuid
 from clsa_compile.passes.savings import stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
-from clsa_compile.policies.schedule import anchors
+from clsa_compile.policies.schedule import shares
 
 log = logging.getLogger("clsa_compile")
 
@@ -158,7 +157,7 @@ def sharing(options: Options) -> Sharing | None:
     """Returns which layer reads which one's index, as a function of what the model does."""
     if options.share == "off" or isinstance(options.share, SharingPlan):
         return None
-    return partial(anchors, options.share)
+    return partial(shares, options.share, options.pool)
 
 
 def variants_for(captured: Captured, options: Options) -> tuple[Variant, ...]:

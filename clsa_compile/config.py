@@ -180,8 +180,8 @@ def _share_problem(share: object) -> str:
         return "" if share >= 1 else "an index is shared by 1 layer at least"
     if not share or set(share) - set("FRS"):
         return (
-            "a schedule consists of F (runs its indexer), S (reads the index of the last F or R) and R (chooses "
-            "among what the last F offers)"
+            "a schedule consists of F (runs its indexer), S (reads the index of the last F or R) and R "
+            "(chooses among what the last F offers)"
         )
     if share[0] != "F":
         return "before the first F there is no index to read"

@@ -249,13 +249,19 @@ def _schedule(plan: Plan) -> list[str]:
             f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence "
             "instead of all. This changes results; `clsa_compile.evaluate` says by how much"
         ]
-    if not plan.shares:
-        return []
     layers = {site.ordinal: str(site.layer) for site in plan.sites}
-    members = ", ".join(layers[ordinal] for ordinal in plan.shares)
+    again = [layers[group.anchor] for group in plan.groups if group.among is not None]
+    changes = []
+    if plan.shares:
+        members = ", ".join(layers[ordinal] for ordinal in plan.shares)
+        changes.append(f"layers {members} do not run their indexers")
+    if again:
+        changes.append(f"layers {', '.join(again)} run them over offered tokens only")
+    if not changes:
+        return []
     lines = [
-        f"schedule {plan.schedule}: layers {members} do not run their indexers. This changes results; "
-        "the model was trained to select tokens in each of them"
+        f"schedule {plan.schedule}: {', '.join(changes)}. This changes results; the model was trained to "
+        "select tokens in each of them"
     ]
     if plan.invalid:
         members = ", ".join(layers[ordinal] for ordinal in plan.invalid)
@@ -273,6 +279,9 @@ def _describe(group: Group, plan: Plan) -> str:
     if group.kind == "mass":
         subject = f"layers {members} attend" if len(group.members) > 1 else f"layer {members} attends"
         return f"{subject} to the {group.topk} tokens that layer {layers[group.anchor]} looked at most"
+    among = ""
+    if group.among is not None:
+        among = f", selected from the {group.pool} best tokens of layer {layers[group.among]}"
     if len(group.members) == 1:
-        return f"layer {members} has an index of its own"
-    return f"layers {members} share the index of layer {layers[group.anchor]}"
+        return f"layer {members} has an index of its own{among}"
+    return f"layers {members} share the index of layer {layers[group.anchor]}{among}"

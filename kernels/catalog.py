@@ -10,10 +10,12 @@ from importlib.resources.abc import Traversable
 
 from clsa_compile.ir.variants import Variant
 from clsa_compile.kernels.dense_attention import decode as attention_decode
-from clsa_compile.kernels.dense_attention import mass, pooled, sdpa
+from clsa_compile.kernels.dense_attention import mass, sdpa
+from clsa_compile.kernels.dense_attention import pooled as attention_pooled
 from clsa_compile.kernels.dense_attention import rows as attention_rows
 from clsa_compile.kernels.index_topk import choose
 from clsa_compile.kernels.index_topk import decode as index_decode
+from clsa_compile.kernels.index_topk import pooled as index_pooled
 from clsa_compile.kernels.index_topk import rows as index_rows
 from clsa_compile.kernels.sparse_attention import gather
 
@@ -25,7 +27,8 @@ VARIANTS: tuple[Variant, ...] = (
     index_rows.ROWS,
     gather.GATHER,
     mass.MASS,
-    pooled.POOLED,
+    attention_pooled.POOLED,
+    index_pooled.POOLED,
     choose.CHOOSE,
 )
 

@@ -318,7 +318,7 @@ def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
         yield "attention_mass", f"Llama B={b}, {sets} sets", [q, k, v, weight, *rest, power]
     q, k, v, *_ = _attention(1, 24, 8, 1, t, 128, 128, torch.bfloat16)
     weight, pool = meta(1, 24, dtype=torch.float32), meta(1, 1, 1, 4096, dtype=i32)
-    alone = [None, None, [], None, 0.1, 0.0, "", 1.0]
+    alone: list[Any] = [None, None, [], None, 0.1, 0.0, "", 1.0]
     yield "attention_mass", "Llama, a pool of 4096", [q, k, v, weight, *alone, pool]
     yield "select_topk", "Llama", [meta(1, 1, 1, t, dtype=torch.float32), bounds[:1], 2048, 4, 32]
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import sympy
 from torch.fx import Node
 
 from clsa_compile.ir.masks import print_predicate
+from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import Group, Plan, SitePlan
-from clsa_compile.ir.routing import Pool, Request, is_reindex
+from clsa_compile.ir.routing import Pool, Request, Shares, Sharing, is_reindex, offered
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
 from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
 from clsa_compile.passes.route import routed, shareable
-
-# From the layer whose index each layer reads in the model to the one whose index it shall read; positions
-# among the layers that can share.
-Sharing = Callable[[Sequence[int]], Sequence[int]]
 
 
 def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
@@ -28,12 +27,20 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     """
     able = [site for site in sites.attention if site.indexer is not None]
     owners = _owners(able)
-    wanted = owners if sharing is None else sharing(owners)
+    shares = Shares(tuple(owners)) if sharing is None else sharing(owners)
+    wanted = shares.anchors
     refused = {
         able[i].ordinal: why
         for i, anchor in enumerate(wanted)
         if anchor != owners[i] and (why := _cannot_read(able[i], able[anchor]))
     }
+    among = {}
+    for i, full in shares.among.items():
+        pool = offered(_indexer(able[i]).topk, shares.pool)
+        if why := _cannot_choose(able[i], able[full], pool):
+            refused[able[i].ordinal] = why
+        else:
+            among[i] = (able[full].ordinal, pool)
     # Layers of one selection stay together.
     kept = {owners[i] for i, site in enumerate(able) if site.ordinal in refused}
     read = [owner if owner in kept else anchor for owner, anchor in zip(owners, wanted, strict=True)]
@@ -44,12 +51,12 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     chosen = [
         replace(e, action="sparse", topk=members[e.ordinal]) if e.ordinal in members else e for e in entries
     ]
-    schedule = "".join("F" if anchor == i else "S" for i, anchor in enumerate(read))
+    schedule = "".join("S" if anchor != i else "R" if i in among else "F" for i, anchor in enumerate(read))
     if request is not None:
         schedule = "".join(_letter(pools, s.ordinal) for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
-        (*_index_groups(able, read), *_kv_groups(sites.attention), *map(_mass_group, pools)),
+        (*_index_groups(able, read, among), *_kv_groups(sites.attention), *map(_mass_group, pools)),
         schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
@@ -87,9 +94,19 @@ def _cannot_read(site: AttentionSite, anchor: AttentionSite) -> str:
     return ""
 
 
-def _size(operand: Operand, role: int) -> object:
+def _cannot_choose(site: AttentionSite, anchor: AttentionSite, pool: int) -> str:
+    """Returns why a layer's indexer cannot run over what an anchor offers, or ""."""
+    queries, keys = _size(_indexer(site).q, 2), _size(_indexer(site).k, 2)
+    if not (queries.is_Integer and queries <= DECODE_ROWS):
+        return "a prompt: its indexer reads all keys"
+    if keys.is_Integer and keys <= pool:
+        return f"its indexer reads all {keys} keys, and {pool} would be offered"
+    return _cannot_read(site, anchor)
+
+
+def _size(operand: Operand, role: int) -> Any:
     axis = operand.dims[role]
-    return 1 if axis is None else shape(operand.root)[axis]
+    return sympy.Integer(1) if axis is None else sympy.sympify(shape(operand.root)[axis])
 
 
 def _entry(site: AttentionSite, refused: str) -> SitePlan:
@@ -134,12 +151,21 @@ def describe_mask(mask: MaskSpec) -> str:
     return " & ".join(p for p in (text, f"{dtype} tensor {mask.tensor.root.name}") if p)
 
 
-def _index_groups(able: Sequence[AttentionSite], read: Sequence[int]) -> list[Group]:
+def _index_groups(
+    able: Sequence[AttentionSite], read: Sequence[int], among: Mapping[int, tuple[int, int]]
+) -> list[Group]:
     members: dict[int, list[int]] = {}
     for site, anchor in zip(able, read, strict=True):
         members.setdefault(anchor, []).append(site.ordinal)
     return [
-        Group("index", able[i].ordinal, tuple(m), _indexer(able[i]).topk, _indexer(able[i]).score.text)
+        Group(
+            "index",
+            able[i].ordinal,
+            tuple(m),
+            _indexer(able[i]).topk,
+            _indexer(able[i]).score.text,
+            *among.get(i, ()),
+        )
         for i, m in members.items()
     ]
 

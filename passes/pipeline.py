@@ -15,12 +15,12 @@ from torch.fx import Node
 from clsa_compile.errors import ClsaError, PassError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
-from clsa_compile.ir.routing import Request
+from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.variants import Variant
 from clsa_compile.passes.canonicalize import canonicalize
 from clsa_compile.passes.families import FAMILIES
-from clsa_compile.passes.group import Sharing, plan
+from clsa_compile.passes.group import plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
 from clsa_compile.passes.reclaim import reclaim, reclaimable

@@ -25,8 +25,13 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
     """Replaces every planned attention by a contract op, and every selection by one index node."""
     actions = {entry.ordinal: entry.action for entry in plan.sites}
     indexers = {site.ordinal: site.indexer for site in sites.attention}
-    read = {m: indexers[g.anchor] for g in plan.groups if g.kind == "index" for m in g.members}
+    index = [group for group in plan.groups if group.kind == "index"]
+    read = {m: indexers[g.anchor] for g in index for m in g.members}
     rewriter = _Rewriter(captured, plan.pools)
+    for group in index:
+        rewriter.offer(
+            indexers[group.anchor], None if group.among is None else indexers[group.among], group.pool
+        )
     for site in sites.attention:
         if actions[site.ordinal] != "left":
             rewriter.replace(site, read.get(site.ordinal))
@@ -41,11 +46,21 @@ class _Rewriter:
     def __init__(self, captured: Captured, pools: tuple[Pool, ...] = ()) -> None:
         self._captured = captured
         self._indices: dict[Node, Node] = {}
+        self._offers: dict[Node, tuple[IndexerSite, int]] = {}
+        self._pooled: dict[tuple[Node, int], Node] = {}
         self._bounds: dict[Any, Node] = {}
         self._replaced: dict[Node, Node] = {}
         self._pools = pools
         self._mass: dict[int, list[Node]] = {i: [] for i in range(len(pools))}
         self._chosen: dict[int, tuple[Node, MaskSpec]] = {}
+
+    def offer(self, indexer: IndexerSite | None, full: IndexerSite | None, pool: int) -> None:
+        """Has an indexer select among the `pool` best tokens of another one, and that one among them too.
+
+        What is best of all is best of those that are offered, so the other one's selection stays what it was.
+        """
+        if indexer is not None and full is not None:
+            self._offers[indexer.topk_node] = self._offers[full.topk_node] = full, pool
 
     def replace(self, site: AttentionSite, indexer: IndexerSite | None) -> None:
         """Puts a contract op where the site's output was computed; `indexer` selects what it attends to."""
@@ -161,24 +176,40 @@ class _Rewriter:
         return node
 
     def _index(self, indexer: IndexerSite) -> Node:
-        if indexer.topk_node not in self._indices:
-            emit = Emitter(self._captured, indexer.topk_node, self._replaced)
-            with self._captured.graph.inserting_before(indexer.topk_node):
-                q, k = emit.operand(indexer.q), emit.operand(indexer.k)
-                self._indices[indexer.topk_node] = emit.call(
-                    torch.ops.clsa.index_topk.default,
-                    q,
-                    k,
-                    None if indexer.weight is None else emit.operand(indexer.weight),
-                    None,
-                    *self._mask(emit, indexer.mask, q, k, heads=1),
-                    indexer.topk,
-                    indexer.scale,
-                    indexer.score.text,
-                    print_predicate(indexer.mask.predicate),
-                    False,
-                )
-        return self._indices[indexer.topk_node]
+        """Returns the tokens that an indexer selects: of all, or of those that it is offered."""
+        node = indexer.topk_node
+        if node not in self._indices:
+            candidates = self._offered(*self._offers[node]) if node in self._offers else None
+            self._indices[node] = self._selected(indexer, indexer.topk, candidates)
+        return self._indices[node]
+
+    def _offered(self, full: IndexerSite, pool: int) -> Node:
+        key = full.topk_node, pool
+        if key not in self._pooled:
+            self._pooled[key] = self._selected(full, pool, None)
+        return self._pooled[key]
+
+    def _selected(self, indexer: IndexerSite, topk: int, candidates: Node | None) -> Node:
+        """Adds a selection where the indexer's own stood in the model."""
+        emit = Emitter(self._captured, indexer.topk_node, self._replaced)
+        with self._captured.graph.inserting_before(indexer.topk_node):
+            q, k = emit.operand(indexer.q), emit.operand(indexer.k)
+            # What is offered was selected under the same mask; the values of a mask are still needed.
+            mask = indexer.mask if candidates is None or _has_values(indexer.mask) else MaskSpec()
+            return emit.call(
+                torch.ops.clsa.index_topk.default,
+                q,
+                k,
+                None if indexer.weight is None else emit.operand(indexer.weight),
+                None,
+                *self._mask(emit, mask, q, k, heads=1),
+                topk,
+                indexer.scale,
+                indexer.score.text,
+                print_predicate(mask.predicate),
+                False,
+                *(() if candidates is None else (None, candidates)),
+            )
 
     def _mask(
         self, emit: Emitter, mask: MaskSpec, q: Node, k: Node, heads: int | None = None
@@ -225,10 +256,12 @@ def _needed_mask(site: AttentionSite, chosen: MaskSpec) -> MaskSpec:
     """Returns what attention must check by itself: nothing where its tokens were chosen under that mask."""
     if canonical(site.mask) != canonical(chosen) or _reads_heads(site.mask):
         return site.mask
-    tensor = site.mask.tensor
-    if tensor is not None and tensor.root.meta["val"].dtype != torch.bool:
-        return site.mask  # the values are biases too
-    return MaskSpec()
+    return site.mask if _has_values(site.mask) else MaskSpec()
+
+
+def _has_values(mask: MaskSpec) -> bool:
+    """Tells whether a mask is added to scores, so that it says more than what may be read."""
+    return mask.tensor is not None and mask.tensor.root.meta["val"].dtype != torch.bool
 
 
 def _arrange(emit: Emitter, result: Node, roles: tuple[int, ...]) -> Node:

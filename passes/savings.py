@@ -29,12 +29,14 @@ def savings(captured: Captured, sites: Sites, plan: Plan, reclaimed: Iterable[No
     by_ordinal = {site.ordinal: site for site in sites.attention}
     shared = [by_ordinal[m] for m in plan.shares]
     sparse = [(by_ordinal[m], p) for p in plan.pools for m in p.members if m not in p.sources]
-    if not shared and not sparse:
+    again = [(by_ordinal[g.anchor].indexer, g.pool) for g in plan.groups if g.among is not None]
+    if not shared and not sparse and not again:
         return None
     dying = Dying([*replaced(sites, plan), *reclaimed], operands(sites, plan))
     idle = {path: value for path, value in _parameters(captured.graph, dying)}
     indexers = [site.indexer for site in shared if site.indexer is not None]
     scanned = [_scan(indexer) for indexer in indexers]
+    scanned += [_scan(indexer, pool) for indexer, pool in again if indexer is not None]
     skipped = [_skipped(site, pool.topk) for site, pool in sparse]
     # Each weight of a projection is multiplied and added once a row.
     rows = max((_rows(indexer.q) for indexer in indexers), default=0)
@@ -72,10 +74,10 @@ def _path(node: Node) -> str:
     return ".".join(_STEP.findall(text)) if "._parameters[" in text else ""
 
 
-def _scan(indexer: IndexerSite) -> tuple[int, int]:
-    """Returns (bytes, flops) of scoring all index keys."""
+def _scan(indexer: IndexerSite, read: int = 0) -> tuple[int, int]:
+    """Returns (bytes, flops) of scoring all index keys but those that are read."""
     b, heads, s, width = _sizes(indexer.q)
-    keys = _sizes(indexer.k)[2]
+    keys = max(_sizes(indexer.k)[2] - read, 0)
     item = indexer.k.root.meta["val"].itemsize
     return b * keys * width * item, 2 * b * heads * s * keys * width
 

@@ -35,7 +35,7 @@ _LIBRARY = Library("clsa", "DEF")
 _LIBRARY.define(
     "index_topk(Tensor q, Tensor k, Tensor? weight, Tensor? lse, Tensor? mask, Tensor? bounds,"
     " Tensor[] mask_inputs, SymInt topk, float scale, str score, str predicate, bool per_kv_head,"
-    " Tensor? pages=None) -> Tensor"
+    " Tensor? pages=None, Tensor? candidates=None) -> Tensor"
 )
 _LIBRARY.define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? mask, Tensor? bounds,"
@@ -185,8 +185,9 @@ def attention_mass_reference(
     """Dense attention that also says what it looked at: out [B, H, S, Dv], mass fp32 [B, N, S, T].
 
     mass[n] is the sum over heads of weight [N, H] times the probability after the softmax, raised to `power`;
-    a sink takes its share of the softmax. It is -inf where no head may read a key. `indices` int32 [B, 1, S, P]
-    are the only tokens that may be read, where they are given. The rest is as in `attention_reference`.
+    a sink takes its share of the softmax. It is -inf where no head may read a key. `indices` int32
+    [B, 1, S, P] are the only tokens that may be read, where they are given. The rest is as in
+    `attention_reference`.
     """
     scores = _masked_scores(q, k, mask, mask_inputs, scale, softcap, predicate)
     if indices is not None:
@@ -339,19 +340,23 @@ def index_topk_reference(
     predicate: str,
     per_kv_head: bool,
     pages: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Returns int32 [B, 1|Hkv, S, topk]: the best-scoring valid tokens, ascending, padded with -1.
 
     q [B, Hi, S, Di], k [B, 1|Hkv, T, Di], weight [B, Hi, S], lse [B, Hi, S]; `mask` as in attention with
     one head. Ties go to the lowest position, NaN ranks above everything (as in torch.topk), +0 equals -0,
     and a token that scores -inf is never selected. One set a row, or one a kv head. `pages`: see
-    `ir/pages.py`; positions are those of tokens in their sequence.
+    `ir/pages.py`; positions are those of tokens in their sequence. `candidates` int32 [B, 1, S, P],
+    ascending, are the only tokens that may be selected, where they are given.
     """
     check_pages(q, k, None, pages)
     k = gathered(k, pages)
     scores = index_scores_reference(
         q, k, weight, lse, mask, mask_inputs, scale, parse_score(score), predicate, per_kv_head
     )
+    if candidates is not None:
+        scores = torch.where(selected(candidates, scores.shape[-1]), scores, -math.inf)
     return _best(scores, topk)
 
 
@@ -442,6 +447,7 @@ def _index_topk_fake(
     predicate: str,
     per_kv_head: bool,
     pages: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     heads = k.shape[1] if per_kv_head else 1
     return q.new_empty((q.shape[0], heads, q.shape[2], topk), dtype=torch.int32)

@@ -43,6 +43,7 @@ class Group:
 
     One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
     ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
+    An index is selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
     """
 
     kind: Literal["index", "kv", "mass"]
@@ -50,6 +51,8 @@ class Group:
     members: tuple[int, ...]
     topk: int = 0
     score: str = ""
+    among: int | None = None
+    pool: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clsa_compile.errors import OptionError
+
 # The most tokens of a selection that kernels hold.
 MOST_TOKENS = 4096
+# Tokens to choose again among, for each that is chosen.
+POOL = 4
 # One row of weights a set of tokens, one weight a head.
 Weights = tuple[tuple[float, ...], ...]
 
@@ -77,8 +81,40 @@ class Pool:
         return cls(**{**data, **changed})
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Who reads whose index among layers with indexers, counted from 0 among those that can share.
+
+    anchors: for each layer the one whose index it reads, itself where its indexer runs. among: by layer whose
+    indexer selects among the best tokens of another one, that one. pool: how many tokens these are; see
+    `offered`.
+    """
+
+    anchors: tuple[int, ...]
+    among: Mapping[int, int] = field(default_factory=dict)
+    pool: int | None = None
+
+
+# What of a model's own indices is shared, from the layer whose index each layer reads in the model.
+Sharing = Callable[[Sequence[int]], Shares]
+
+
+def offered(topk: int, pool: int | None) -> int:
+    """Returns how many tokens a layer offers to those that choose again among them; `pool` where it is given.
+
+    Raises OptionError for a pool that is no larger than what is chosen from it.
+    """
+    found = min(POOL * topk, MOST_TOKENS) if pool is None else pool
+    if found <= topk:
+        raise OptionError(
+            f"a pool of {found} tokens leaves nothing to choose for topk={topk}; give a larger 'pool', "
+            f"{MOST_TOKENS} at most, or a smaller 'topk'"
+        )
+    return found
+
+
 def is_reindex(pools: Sequence[Pool], layer: int) -> bool:
-    """Tells whether a layer chooses among what an earlier one has chosen: it reads that, and a pool has it."""
+    """Tells whether a layer chooses among what an earlier one has chosen: it reads that, and feeds a pool."""
     follows = any(layer in pool.members and pool.anchor != layer for pool in pools)
     return follows and any(layer in pool.sources for pool in pools)
 

@@ -16,7 +16,8 @@ class Facts:
     """What is known of a contract op when it is lowered. Unknown sizes (SymInt) are None.
 
     B, H, Hkv, S, T, D, Dv as in `ir/ops.py`; for `index_topk` H counts index heads and D is the width of
-    the index. `topk` is K, or the tokens that attention may read, 0 for all of them. `paged`: the cache is a pool of pages, and T is M * P.
+    the index. `topk` is K, 0 for dense attention. `paged`: the cache is a pool of pages, and T is M * P.
+    `pooled`: only some tokens may be selected, or looked at.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Facts:
     additive: bool
     lse_used: bool
     paged: bool = False
+    pooled: bool = False
 
     @classmethod
     def of(cls, op: str, values: Mapping[str, Any], lse_used: bool) -> Facts:
@@ -53,8 +55,8 @@ class Facts:
             return cls(op, mass.device.type, mass.dtype, b, sets or 0, sets or 0, s, t, 0, 0, topk, *flags)
         q, k, mask, pages = values["q"], values["k"], values["mask"], values.get("pages")
         check_pages(q, k, values.get("v"), pages)
-        indices = values.get("indices")
-        topk = values.get("topk", 0) if indices is None else indices.shape[-1]
+        topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)
+        among = {"index_topk": "candidates", "attention_mass": "indices"}.get(op, "")
         return cls(
             op=op,
             device=q.device.type,
@@ -72,6 +74,7 @@ class Facts:
             additive=mask is not None and mask.dtype != torch.bool,
             lse_used=lse_used,
             paged=pages is not None,
+            pooled=values.get(among) is not None,
         )
 
 

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool, Route, Weights
+from clsa_compile.ir.routing import Layer, Pool, Route, Weights, offered
 from clsa_compile.policies.schedule import shown
 
-__all__ = ["Dense", "candidates", "route"]
-
-# Tokens to choose among, for each that is chosen.
-POOL = 4
+__all__ = ["Dense", "route"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +47,16 @@ def _pools(dense: Dense, layers: Sequence[Layer]) -> tuple[Pool, ...]:
             narrow.setdefault(last, []).append(layer)
         else:
             full, last = (layer, layer) if role == "F" else (full, layer)
-    wide = replace(dense, topk=candidates(dense.topk, dense.pool), scope="layer") if again else dense
-    offered = [_pool(wide, anchor, members) for anchor, members in again.items()]
-    return (*offered, *(_pool(dense, anchor, members) for anchor, members in narrow.items()))
-
-
-def candidates(topk: int, pool: int | None) -> int:
-    """Returns how many tokens a layer offers to those that choose again among them.
-
-    Raises OptionError for a pool that is no larger than what is chosen from it.
-    """
-    found = min(POOL * topk, MOST_TOKENS) if pool is None else pool
-    if found <= topk:
-        raise OptionError(
-            f"a pool of {found} tokens leaves nothing to choose for topk={topk}; give a larger 'pool', "
-            f"{MOST_TOKENS} at most, or a smaller 'topk'"
-        )
-    return found
+    wide = replace(dense, scope="layer", topk=offered(dense.topk, dense.pool) if again else dense.topk)
+    wider = [_pool(wide, anchor, members) for anchor, members in again.items()]
+    return (*wider, *(_pool(dense, anchor, members) for anchor, members in narrow.items()))
 
 
 def roles(dense: Dense, layers: int) -> str:
     """Returns the schedule of a graph: F attends to all tokens, S to those that the last F or R chose.
 
-    R attends to the tokens that the last F offers, and chooses among them. Raises OptionError for a schedule of
-    another length.
+    R attends to the tokens that the last F offers, and chooses among them. Raises OptionError for a schedule
+    of another length.
     """
     if isinstance(dense.share, int):
         first = dense.dense_layers

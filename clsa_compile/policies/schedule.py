@@ -1,7 +1,9 @@
 """Schedules: which layers choose tokens, and which read the choice of an earlier one.
 
 A schedule is a string of one letter a layer, as vLLM, SGLang, TensorRT-LLM and Hugging Face's
-`index_topk_pattern` write it: F (full) runs its own indexer, S (shared) reads the index of the last F.
+`index_topk_pattern` write it: F (full) runs its own indexer, S (shared) reads the index of the last F. Ours
+alone is R (reindex): it runs its own indexer over the best tokens of the last F only, and S after it read
+its index.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.routing import Shares
 
-__all__ = ["anchors", "hugging_face", "roles", "shown"]
+__all__ = ["hugging_face", "roles", "shares", "shown"]
 
 MOST_SHOWN = 100
 
@@ -44,26 +47,30 @@ def roles(share: int | str, owners: Sequence[int]) -> str:
             f"the schedule {shown(share)!r} is for {len(share)} layers; "
             f"this graph has {len(own)} that can share an index"
         )
-    without = [i for i, (role, mine) in enumerate(zip(share, own, strict=True)) if role == "F" and not mine]
+    without = [i for i, (role, mine) in enumerate(zip(share, own, strict=True)) if role in "FR" and not mine]
     if without:
         raise OptionError(
-            f"the schedule {shown(share)!r} has F at {', '.join(map(str, without))} (counted from 0), "
+            f"the schedule {shown(share)!r} has F or R at {', '.join(map(str, without))} (counted from 0), "
             "where the model has no indexer; accepted there: S"
         )
     return share
 
 
-def anchors(share: int | str, owners: Sequence[int]) -> tuple[int, ...]:
-    """Returns for each layer the one whose index it reads, itself where it is F; see `roles`.
+def shares(share: int | str, pool: int | None, owners: Sequence[int]) -> Shares:
+    """Returns whose index each layer reads, itself where it is F or R; see `roles`.
 
     A layer without an indexer follows the layer that it follows in the model, wherever that one reads now.
     """
     found: list[int] = []
-    last = 0
+    among: dict[int, int] = {}
+    full = last = 0
     for i, role in enumerate(roles(share, owners)):
-        last = i if role == "F" else last
+        last = last if role == "S" else i
+        full = i if role == "F" else full
+        if role == "R":
+            among[i] = full
         found.append(last if owners[i] == i else found[owners[i]])
-    return tuple(found)
+    return Shares(tuple(found), among, pool)
 
 
 def shown(schedule: str) -> str:

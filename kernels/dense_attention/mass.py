@@ -29,7 +29,7 @@ MOST_SETS = 8
 
 def supports(facts: Facts) -> Support:
     """Takes what dense decode takes, but no pages, and no tokens that alone may be read."""
-    if facts.topk:
+    if facts.pooled:
         return Support(False, "only some tokens may be read")
     return Support(False, "a cache of pages") if facts.paged else decode.supports(facts)
 

@@ -1,9 +1,4 @@
-"""Attention of a few query rows to a pool of tokens, which also says how much its heads looked at each.
-
-A layer that chooses among what an earlier one has chosen reads that pool only: its rows of K and V are gathered
-into a buffer, once, and what dense attention runs on all keys runs on the buffer. The pool is small, so the
-copy costs less than a second kernel that gathers for itself would save.
-"""
+"""Attention of a few query rows to a pool of tokens, which also says how much its heads looked at each."""
 
 from __future__ import annotations
 
@@ -15,12 +10,13 @@ from torch import Tensor
 from clsa_compile.ir.ops import attention_mass_reference
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.dense_attention import decode, mass
+from clsa_compile.kernels.gathered import gathered
 from clsa_compile.kernels.launch import Wrap
 
 
 def supports(facts: Facts) -> Support:
     """Takes what dense decode takes, with tokens to read, but no pages."""
-    if not facts.topk:
+    if not facts.pooled:
         return Support(False, "all tokens may be read")
     return Support(False, "a cache of pages") if facts.paged else decode.supports(facts)
 
@@ -52,23 +48,15 @@ def launch(
     # Every query row has keys of its own here, and so is a sequence.
     rows = q.transpose(1, 2).reshape(b * s, h, 1, d)
     allowed = (indices >= 0).view(b * s, 1, 1, pool)
-    keys, values = (_gathered(x, indices) for x in (k, v))
-    arguments = (weight, allowed, None, [], sinks, scale, softcap, "", power)
-    out, seen = mass.launch(rows, keys, values, *arguments, wrap=wrap)
+    keys, values = (gathered(x, indices) for x in (k, v))
+    out, seen = mass.launch(
+        rows, keys, values, weight, allowed, None, [], sinks, scale, softcap, "", power, wrap=wrap
+    )
     # One slot more than there are keys takes what stands for no token.
     slots = torch.where(indices < 0, t, indices).long().expand(b, seen.shape[1], s, pool)
     wide = seen.new_full((b, seen.shape[1], s, t + 1), float("-inf"))
     wide = wide.scatter(3, slots, seen.view(b, s, -1, pool).transpose(1, 2))
     return out.reshape(b, s, h, -1).transpose(1, 2), wide[..., :t].contiguous()
-
-
-def _gathered(x: Tensor, indices: Tensor) -> Tensor:
-    """Returns the rows [B * S, Hkv, P, D] of x [B, Hkv, T, D] that indices [B, 1, S, P] name."""
-    b, heads, _, width = x.shape
-    s, pool = indices.shape[2:]
-    places = indices.clamp(min=0).long().view(b, 1, s * pool, 1).expand(b, heads, s * pool, width)
-    rows = x.gather(2, places).view(b, heads, s, pool, width)
-    return rows.transpose(1, 2).reshape(b * s, heads, pool, width)
 
 
 POOLED = Variant("attention_mass", "pooled", supports, launch)

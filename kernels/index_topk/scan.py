@@ -12,7 +12,9 @@ from clsa_compile.kernels.launch import strides, unsupported_dtype
 
 
 def supports_index(facts: Facts) -> Support:
-    """Refuses dtypes, and index heads that are too wide for one tile."""
+    """Refuses dtypes, index heads that are too wide for one tile, and a choice among some tokens."""
+    if facts.pooled:
+        return Support(False, "only some tokens may be selected")
     if reason := unsupported_dtype(facts.dtype):
         return Support(False, reason)
     if facts.D > 576:

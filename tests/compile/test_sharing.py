@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
 from transformers import StaticCache
 
 import clsa_compile
@@ -61,6 +63,69 @@ def test_sharing_is_what_the_same_schedule_is_in_the_model(
         assert targets[torch.ops.clsa.index_topk.default] == schedule.count("F")
         assert targets[torch.ops.clsa.sparse_attention.default] == LAYERS
         assert targets[torch.ops.aten.topk.default] == 0
+
+
+class Lattice(TorchFunctionMode):
+    """Stands in for the selections of a schedule with R: in single steps, among the last F's best.
+
+    Hugging Face runs the indexers of F and R layers in order, and ranks their scores [B, S, T] by `topk`.
+    """
+
+    def __init__(self, schedule: str, pool: int) -> None:
+        super().__init__()
+        self._roles = itertools.cycle(schedule.replace("S", ""))
+        self._pool = pool
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.topk, torch.Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        scores, *rest = args
+        role = next(self._roles)
+        if scores.shape[-2] == 1 and role == "F":
+            self._offered = torch.zeros_like(scores).scatter(-1, scores.topk(self._pool).indices, 1).bool()
+        if scores.shape[-2] == 1 and role == "R":
+            scores = scores.masked_fill(~self._offered, -torch.inf)
+        return func(scores, *rest, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize(("schedule", "pool"), [("FSRSS", 10), ("FRSRF", 9), ("FRSFR", 12)])
+def test_indexers_select_again_among_what_was_offered(
+    schedule: str, pool: int, cache: str, passes: Any
+) -> None:
+    passes.options = Options.read({"share": schedule, "pool": pool})
+    model = glm()
+    twin = with_schedule(schedule.replace("R", "F"))
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    all_keys = run(twin, model.config, cache)
+    with Lattice(schedule, pool):
+        expected = run(twin, model.config, cache)
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert largest_difference(expected, all_keys) > TOLERANCE
+    steps = [plan for plan in passes.plans if "R" in plan.schedule]
+    assert steps
+    for plan in steps:
+        assert plan.schedule == schedule
+        chosen = [g for g in plan.groups if g.among is not None]
+        assert [g.pool for g in chosen] == [pool] * schedule.count("R")
+    assert "a prompt: its indexer reads all keys" in passes.reasons
+
+
+def test_the_report_says_who_selects_among_what() -> None:
+    model = glm()
+    cache = StaticCache(model.config, max_cache_len=LENGTH)
+    ids = torch.ones(1, 1, dtype=torch.long)
+    options = {"share": "FSRSS", "pool": 20}
+    text = str(clsa_compile.inspect(model, input_ids=ids, past_key_values=cache, options=options))
+    assert "schedule FSRSS: layers 1, 3, 4 do not run their indexers, layers 2 run them over offered" in text
+    assert "layers 2, 3, 4 share the index of layer 2, selected from the 20 best tokens of layer 0" in text
+    assert "This changes results" in text
+
+
+def test_a_pool_that_leaves_nothing_to_choose_is_an_error() -> None:
+    ids = torch.ones(1, 16, dtype=torch.long)
+    with pytest.raises((OptionError, BackendCompilerFailed), match="leaves nothing to choose for topk="):
+        clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": "FRSSS", "pool": 2})
 
 
 def test_caches_stay_what_eager_makes_them(passes: Any) -> None:

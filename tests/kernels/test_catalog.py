@@ -164,3 +164,26 @@ def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool
         # Torch's own attention asks whether sizes agree; nothing of ours may ask anything.
         if variant.name != "sdpa":
             assert not shape_env.guards, [str(g.expr) for g in shape_env.guards]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", ["attention_mass", "index_topk"])
+def test_launches_over_a_pool_can_be_traced(op: str, dynamic: bool) -> None:
+    """The cache is copied for them, and no length is compared."""
+    variant, _ = select(VARIANTS, facts(op, pooled=True))
+    assert variant is not None
+    assert variant.name == "pooled"
+    inputs = tensors("sparse_attention", 2, 5000, dynamic, False)
+
+    def run(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any, pool: Any) -> Any:
+        weight = q.new_empty((q.shape[0], H, 2)) if op == "index_topk" else q.new_empty((3, H)).float()
+        alone = [None, None, [], None, 0.1, 0.0, "", 1.0, pool]
+        if op == "index_topk":
+            alone = [None, None, None, [], 8, 0.1, LIGHTNING.text, "", False, None, pool]
+            return variant.launch(q, k, weight, *alone, wrap=torch.library.wrap_triton)
+        return variant.launch(q, k, v, weight, *alone, wrap=torch.library.wrap_triton)
+
+    with inputs[0].fake_mode:
+        graph = make_fx(run, tracing_mode="real")(*inputs).graph
+    assert any("triton_kernel_wrapper" in str(n.target) for n in graph.nodes)
+    assert not inputs[0].fake_mode.shape_env.guards

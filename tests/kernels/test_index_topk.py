@@ -1,4 +1,4 @@
-"""kernels/index_topk/{decode,rows}.py against `index_topk_reference`."""
+"""kernels/index_topk/{decode,rows,pooled}.py against `index_topk_reference`."""
 
 import math
 from collections.abc import Callable
@@ -156,6 +156,34 @@ def test_rows_are_scored_a_chunk_at_a_time(device: str, run: Run, monkeypatch: p
         device, (2, 2, 1, 40, 50, 16), 20, LIGHTNING.text, predicate="kv <= q", bounds=True, whole=True
     )
     assert torch.equal(run("index_topk", "rows", *args), index_topk_reference(*args))
+
+
+@pytest.mark.parametrize("score", [LIGHTNING.text, MASS.text, DOT_PRODUCT.text])
+@pytest.mark.parametrize(("pool", "topk"), [(40, 8), (200, 64), (16, 16), (16, 30)])
+def test_only_what_is_offered_is_selected(device: str, run: Run, score: str, pool: int, topk: int) -> None:
+    """Whole numbers, so ties are exact; the last row is offered nothing."""
+    args = arguments(device, (2, 3, 1, 3, 250, 32), topk, score, whole=score != MASS.text)
+    offers = torch.full((2, 1, 3, pool), -1, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(5)
+    for i, row in enumerate(offers.view(-1, pool)[:-1]):
+        row[: pool - i] = torch.randperm(250, generator=generator)[: pool - i].sort().values
+    offers = offers.to(device)
+    got = run("index_topk", "pooled", *args, None, offers)
+    assert torch.equal(got, index_topk_reference(*args, None, offers))
+    assert (got[-1, 0, -1] == -1).all()
+
+
+def test_what_is_best_of_all_is_best_of_what_is_offered(device: str, run: Run) -> None:
+    args = arguments(device, (2, 4, 1, 1, 500, 32), 32, LIGHTNING.text, whole=True)
+    wide = run("index_topk", "decode", *args[:7], 128, *args[8:])
+    assert torch.equal(run("index_topk", "pooled", *args, None, wide), run("index_topk", "decode", *args))
+
+
+def test_offers_under_another_mask_are_taken_under_both(device: str, run: Run) -> None:
+    args = arguments(device, (2, 4, 1, 2, 300, 32), 16, LIGHTNING.text, whole=True, predicate="kv < 200 + q")
+    offers = torch.arange(150, 260, device=device, dtype=torch.int32).expand(2, 1, 2, 110).contiguous()
+    got = run("index_topk", "pooled", *args, None, offers)
+    assert torch.equal(got, index_topk_reference(*args, None, offers))
 
 
 def test_keys_of_any_strides_are_read_in_place(device: str, run: Run) -> None:

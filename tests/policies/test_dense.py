@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.routing import Layer, Pool, is_reindex
 from clsa_compile.policies.dense import Dense, roles, route
 
 
@@ -32,6 +32,18 @@ def test_an_anchor_with_followers_has_a_pool() -> None:
     assert pools(Dense(8, "FFSSFF")) == [(2, (4, 6))]
     assert pools(Dense(8, 1)) == []
     assert pools(Dense(8, 4), 0) == []
+
+
+def test_layers_that_choose_again_read_what_the_last_full_one_offers() -> None:
+    found = route(Dense(8, "FSRSRF", pool=20))(layers(6))
+    assert [(p.anchor, p.members, p.topk) for p in found] == [
+        (0, (4, 8), 20), (0, (2,), 8), (4, (6,), 8)
+    ]  # fmt: skip
+    assert [is_reindex(found, 2 * i) for i in range(6)] == [False, False, True, False, False, False]
+    assert [pool.topk for pool in route(Dense(8, "FRSFFF"))(layers(6))] == [32, 8]
+    assert [pool.topk for pool in route(Dense(2000, "FRSFFF"))(layers(6))] == [4096, 2000]
+    heads = route(Dense(8, "FRSFFF", scope="kv_head"))(layers(6))
+    assert [pool.sets for pool in heads] == [1, 2]
 
 
 def test_without_sharing_every_layer_chooses_for_itself() -> None:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clsa_compile.errors import OptionError
-from clsa_compile.policies.schedule import anchors, hugging_face, roles
+from clsa_compile.ir.routing import Shares
+from clsa_compile.policies.schedule import hugging_face, roles, shares
 
 OWN = (0, 1, 2, 3, 4, 5)
 # A model in which layers 1 and 2 read layer 0's index, and 4 that of 3.
@@ -45,7 +46,21 @@ def test_roles(share: int | str, owners: tuple[int, ...], expected: str) -> None
     ],
 )
 def test_anchors(share: int | str, owners: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    assert anchors(share, owners) == expected
+    assert shares(share, None, owners).anchors == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "owners", "expected", "among"),
+    [
+        ("FSRSFR", OWN, (0, 0, 2, 2, 4, 5), {2: 0, 5: 4}),
+        ("FRRSSF", OWN, (0, 1, 2, 2, 2, 5), {1: 0, 2: 0}),
+        ("FSSRSF", SHARED, (0, 0, 0, 3, 3, 5), {3: 0}),
+    ],
+)
+def test_layers_that_select_again_are_read_by_those_after(
+    share: str, owners: tuple[int, ...], expected: tuple[int, ...], among: dict[int, int]
+) -> None:
+    assert shares(share, 64, owners) == Shares(expected, among, 64)
 
 
 @pytest.mark.parametrize(
@@ -53,12 +68,12 @@ def test_anchors(share: int | str, owners: tuple[int, ...], expected: tuple[int,
     [
         ("FSS", OWN, "is for 3 layers; this graph has 6"),
         ("F" * 200, OWN, "F{100}\\.\\.\\.' is for 200 layers"),
-        ("FFSFFF", SHARED, "has F at 1, 4 \\(counted from 0\\), where the model has no indexer"),
+        ("FFSFFF", SHARED, "has F or R at 1, 4 \\(counted from 0\\), where the model has no indexer"),
     ],
 )
 def test_a_schedule_that_does_not_fit(share: str, owners: tuple[int, ...], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        anchors(share, owners)
+        shares(share, None, owners)
 
 
 def test_the_rule_of_hugging_face() -> None:
@@ -90,7 +105,7 @@ def test_everyone_reads_an_indexer_that_runs(share: int, own: list[bool]) -> Non
     owners: list[int] = []
     for i, mine in enumerate(own):
         owners.append(i if mine or i == 0 else owners[-1])
-    schedule, read = roles(share, owners), anchors(share, owners)
+    schedule, read = roles(share, owners), shares(share, None, owners).anchors
     assert len(schedule) == len(read) == len(own)
     for i, anchor in enumerate(read):
         assert anchor <= i
