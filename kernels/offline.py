@@ -33,8 +33,8 @@ from clsa_compile.kernels.catalog import VARIANTS
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # Where a spill is a violation; elsewhere it is only shown.
 NO_SPILLS = (90,)
-# Of `attention_mass` over a pool of tokens.
-POOLED_ARGUMENTS = 13
+# Arguments of a call that may read, or select, some tokens only.
+POOLED = {"attention_mass": 13, "index_topk": 14}
 TYPES = {
     torch.bool: "*i1",
     torch.uint8: "*u8",
@@ -320,6 +320,8 @@ def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
     weight, pool = meta(1, 24, dtype=torch.float32), meta(1, 1, 1, 4096, dtype=i32)
     alone: list[Any] = [None, None, [], None, 0.1, 0.0, "", 1.0]
     yield "attention_mass", "Llama, a pool of 4096", [q, k, v, weight, *alone, pool]
+    dsa = _index(1, 64, 1, 1, t, 128, torch.bfloat16, LIGHTNING.text)
+    yield "index_topk", "DSA, a pool of 4096", [*dsa, None, pool]
     yield "select_topk", "Llama", [meta(1, 1, 1, t, dtype=torch.float32), bounds[:1], 2048, 4, 32]
 
 
@@ -332,9 +334,10 @@ def recorded() -> Iterator[tuple[str, Launch]]:
             if variant.op != op or variant.name == "sdpa":
                 continue
             rows = arguments[0].shape[2]
-            if (variant.name == "decode") != (rows <= 8) and op in ("attention", "index_topk"):
+            few = variant.name in ("decode", "pooled")
+            if few != (rows <= 8) and op in ("attention", "index_topk"):
                 continue
-            if op == "attention_mass" and (variant.name == "pooled") != (len(arguments) == POOLED_ARGUMENTS):
+            if (variant.name == "pooled") != (len(arguments) == POOLED.get(op)):
                 continue
             recorder = Recorder()
             variant.launch(*arguments, wrap=recorder)
