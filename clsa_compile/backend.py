@@ -140,7 +140,7 @@ def requested(options: Options) -> Request | None:
     if options.topk is None:
         return None
     if isinstance(options.share, SharingPlan):
-        return Request(planned.route(options.share), options.prefill == "sparse")
+        return Request(planned.route(options.share), options.prefill == "sparse", options.dense_below)
     dense = Dense(
         options.topk,
         options.share,
@@ -150,7 +150,7 @@ def requested(options: Options) -> Request | None:
         options.keep_last,
         options.pool,
     )
-    return Request(route(dense), options.prefill == "sparse")
+    return Request(route(dense), options.prefill == "sparse", options.dense_below)
 
 
 def sharing(options: Options) -> Sharing | None:

@@ -16,7 +16,7 @@ from clsa_compile.ir.sharing import SCOPES, SharingPlan
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PREFILLS = ("dense", "sparse")
 # What only means something for dense layers, and so needs `topk`.
-_DENSE = ("scope", "dense_layers", "keep_first", "keep_last", "prefill")
+_DENSE = ("scope", "dense_layers", "dense_below", "keep_first", "keep_last", "prefill")
 # What a sharing plan says by itself.
 _PLANNED = ("scope", "dense_layers", "keep_first", "keep_last")
 
@@ -33,6 +33,8 @@ class Options:
     pool: tokens that an R of `share` chooses among, 4096 at most; 4 times as many as are chosen by default.
     scope: "layer" (one set of tokens for all heads) or "kv_head" (one a kv head).
     dense_layers: so many of the first layers stay dense, where `share` is no schedule.
+    dense_below: while the tokens that a query may read lie within so many positions, dense layers attend to all of
+        them. Decided on the device; `topk` itself by default.
     keep_first, keep_last: tokens at both ends of a sequence that are always selected.
     prefill: "dense" (prompts stay dense) or "sparse".
     reclaim: key caches that only indexers read which no longer run are not written either.
@@ -48,6 +50,7 @@ class Options:
     pool: int | None = None
     scope: str = "layer"
     dense_layers: int = 0
+    dense_below: int = 0
     keep_first: int = 4
     keep_last: int = 32
     prefill: str = "dense"
@@ -103,6 +106,7 @@ class Options:
             ),
             ("scope", self.scope in SCOPES, " or ".join(map(repr, SCOPES))),
             ("dense_layers", _is_count(self.dense_layers, 0), "a number from 0"),
+            ("dense_below", _is_count(self.dense_below, 0), "a number from 0"),
             ("keep_first", _is_count(self.keep_first, 0), "a number from 0"),
             ("keep_last", _is_count(self.keep_last, 0), "a number from 0"),
             ("prefill", self.prefill in PREFILLS, " or ".join(map(repr, PREFILLS))),

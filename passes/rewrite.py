@@ -87,8 +87,11 @@ class _Rewriter:
             if pool is not None and among is None:
                 indices, mask = self._sets(emit, site, pool)
             if indices is not None and among is None:
-                needed = tail(_needed_mask(site, mask))
-                result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *needed)
+                below = 0 if pool is None else self._pools[pool].dense_below
+                # What is read without having been chosen needs the mask.
+                needed = tail(site.mask if below else _needed_mask(site, mask))
+                rest = (None, below) if below else ()
+                result = emit.call(torch.ops.clsa.sparse_attention.default, q, k, v, indices, *needed, *rest)
             elif result is None:
                 both = emit.call(torch.ops.clsa.attention.default, q, k, v, *tail(site.mask))
                 result = emit.call(operator.getitem, both, 0)

@@ -74,22 +74,24 @@ def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool
     pools = []
     for pool in asked:
         anchor = by_ordinal[pool.anchor]
-        reasons = {m: _stays_dense(by_ordinal[m], anchor, pool, request.prompts) for m in pool.members}
+        reasons = {m: _stays_dense(by_ordinal[m], anchor, pool, request) for m in pool.members}
         kept.update({m: why for m, why in reasons.items() if why})
         members = tuple(m for m in pool.members if not reasons[m])
         sources = {s: w for s, w in pool.sources.items() if not _differs(by_ordinal[s], anchor)}
         if members and sources:
-            pools.append(replace(pool, members=members, sources=sources))
+            # A selection of as many tokens takes all of them anyway.
+            below = request.dense_below if request.dense_below > pool.topk else 0
+            pools.append(replace(pool, members=members, sources=sources, dense_below=below))
     return tuple(sorted(pools, key=lambda pool: pool.anchor)), kept
 
 
-def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, prompts: bool) -> str:
+def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, request: Request) -> str:
     """Returns why a layer cannot attend to what an anchor chose, or ""."""
-    queries, keys = _size(site, "q"), _size(site, "k")
-    if not prompts and not (queries.is_Integer and queries <= DECODE_ROWS):
+    queries, keys, below = _size(site, "q"), _size(site, "k"), request.dense_below
+    if not request.prompts and not (queries.is_Integer and queries <= DECODE_ROWS):
         return PROMPT
-    if keys.is_Integer and keys <= pool.topk:
-        return f"stays dense: it has {keys} keys, and {pool.topk} would be selected"
+    if keys.is_Integer and keys <= max(pool.topk, below):
+        return f"stays dense: it has {keys} keys, and {max(pool.topk, below)} would be selected"
     if why := _differs(site, anchor):
         return f"stays dense: {why} than {anchor.path}"
     return ""

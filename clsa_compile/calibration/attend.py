@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
 
-__all__ = ["Masks", "Operands", "best", "dense", "massed", "sparse"]
+__all__ = ["Masks", "Operands", "all_below", "best", "dense", "massed", "sparse"]
 
 # Elements of the scores of one block of rows, over all heads.
 BLOCK = 1 << 23
@@ -188,6 +188,22 @@ def best(mass: Tensor, topk: int, keep_first: int, keep_last: int) -> Tensor:
             ties &= ties.cumsum(-1) <= room
         chosen[:, :, start : start + step] = above | ties
     return chosen
+
+
+def all_below(call: Operands, chosen: Tensor, dense_below: int) -> Tensor:
+    """Returns the mask with all keys in rows whose readable ones lie within `dense_below` positions."""
+    whole = chosen.clone()
+    keys = call.k.shape[2]
+    positions = torch.arange(keys, device=chosen.device)
+    for rows, end in call.blocks():
+        allowed = call.allowed(rows, end)
+        if allowed is None:
+            allowed = torch.ones((1, 1, len(rows), end), dtype=torch.bool, device=chosen.device)
+        readable = allowed.any(1)
+        start = torch.where(readable, positions[:end], keys).amin(-1)
+        last = torch.where(readable, positions[:end], -1).amax(-1)
+        whole[:, :, rows] |= (last - start < dense_below)[:, None, :, None]
+    return whole
 
 
 def ends(readable: Tensor, keep_first: int, keep_last: int) -> Tensor:

@@ -32,6 +32,8 @@ Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
 
 # Arguments of an `attention_mass` that may read some tokens only.
 _WITH_INDICES = 13
+# Where a `sparse_attention` says up to how many tokens it is dense, counted from its mask.
+_WITH_DENSE_BELOW = 8
 _PRODUCTS = (aten.linear.default, aten.matmul.default, aten.mm.default)
 # What may follow the head's product: row by row, with constants.
 _POINTWISE = (
@@ -134,6 +136,8 @@ class _Run(Interpreter):
 
     def _sparse_attention(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *args: Any) -> Tensor:
         call = self._masks.operands((q, k, v, *args))
+        if len(args) > _WITH_DENSE_BELOW:
+            chosen = attend.all_below(call, chosen, args[_WITH_DENSE_BELOW])
         return self._seen(call, attend.sparse(call, chosen), chosen)
 
     def _mask_bounds(self, *_: Any) -> None:

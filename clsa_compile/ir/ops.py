@@ -40,7 +40,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? mask, Tensor? bounds,"
     " Tensor[] mask_inputs, Tensor? sinks, float scale, float softcap, str predicate,"
-    " Tensor? pages=None) -> Tensor"
+    " Tensor? pages=None, int dense_below=0) -> Tensor"
 )
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bounds,"
@@ -236,6 +236,19 @@ def _heads_like(x: Tensor, h: int) -> Tensor:
     return x if x.shape[1] == 1 else x.repeat_interleave(h // x.shape[1], dim=1)
 
 
+def all_below(indices: Tensor, reach: Tensor, dense_below: int) -> Tensor:
+    """Returns indices [B, 1|Hkv, S, max(K, dense_below)] that name all tokens of rows with few of them.
+
+    `reach` int32 [B, S, 2] is what `mask_bounds` says: from the first to one past the last readable token.
+    """
+    missing = dense_below - indices.shape[-1]
+    if missing > 0:
+        indices = torch.nn.functional.pad(indices, (0, missing), value=-1)
+    start, end = (x[:, None, :, None] for x in reach.unbind(-1))
+    tokens = start + torch.arange(indices.shape[-1], device=indices.device, dtype=torch.int32)
+    return torch.where(end - start <= dense_below, torch.where(tokens < end, tokens, -1), indices)
+
+
 def sparse_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -249,17 +262,22 @@ def sparse_attention_reference(
     softcap: float,
     predicate: str,
     pages: Tensor | None = None,
+    dense_below: int = 0,
 ) -> Tensor:
     """Attention over the tokens that `indices` int32 [B, 1|Hkv, S, K] names: out [B, H, S, Dv].
 
-    Validity is mask AND predicate AND index. The rest is as in `attention_reference`. Decode gathers
-    the K rows; more query rows than DECODE_ROWS mask a dense pass, which needs less memory.
+    Validity is mask AND predicate AND index. A row whose readable tokens lie within `dense_below` positions
+    reads all of them, whatever its indices say. The rest is as in `attention_reference`. Decode gathers the K
+    rows; more query rows than DECODE_ROWS mask a dense pass, which needs less memory.
     """
     check_pages(q, k, v, pages)
     k, v = gathered(k, pages), gathered(v, pages)
     b, h, s, d = q.shape
     hkv, t, dv = k.shape[1], k.shape[2], v.shape[3]
     few = isinstance(s, int) and s <= DECODE_ROWS
+    if dense_below:
+        reach = mask_bounds_reference(q, mask, mask_inputs, h, t, predicate)
+        indices = all_below(indices, reach, dense_below)
     valid, bias = attend_mask(mask, mask_inputs, predicate, (b, h, s, t), q.device)
     if not few:
         chosen = _heads_like(selected(indices, t), h)

@@ -44,7 +44,8 @@ class Pool:
     topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members:
     the layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that
     each kv head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at
-    both ends that are always in a set. power: mass is the probability raised to it. Layers are ordinals.
+    both ends that are always in a set. power: mass is the probability raised to it. dense_below: queries whose
+    readable tokens lie within so many positions attend to all of them. Layers are ordinals.
     """
 
     anchor: int
@@ -55,6 +56,7 @@ class Pool:
     keep_first: int = 0
     keep_last: int = 0
     power: float = 1.0
+    dense_below: int = 0
 
     @property
     def sets(self) -> int:
@@ -125,7 +127,11 @@ Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked of dense layers: the pools, and whether prompts use them too, not single steps only."""
+    """What was asked of dense layers: the pools, and whether prompts use them too, not single steps only.
+
+    dense_below: see `Pool`.
+    """
 
     route: Route
     prompts: bool = False
+    dense_below: int = 0

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.masks import interval, parse_predicate
+from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.choice import choose, modelled
 from clsa_compile.kernels.cost import Sizes
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.launch import (
     Wrap,
+    bounds_arguments,
     ceil_div,
     combine,
     floor_power_of_two,
@@ -97,16 +100,20 @@ def launch(
     softcap: float,
     predicate: str,
     pages: Tensor | None = None,
+    dense_below: int = 0,
     *,
     wrap: Wrap,
 ) -> Tensor:
     """Runs `clsa::sparse_attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv].
 
-    `bounds` is a hint that a gather does not need.
+    `bounds` is a hint that a gather does not need, unless rows with few tokens read all of them.
     """
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
+    whole = dense_below > 0
+    if whole:
+        bounds, predicate = _reach(q, k, mask, bounds, predicate, pages)
     splits, block_m, block_n, warps, stages = plan(q, k, v, topk, pages)
     direct = splits == 1
     out = output(q, dv)
@@ -115,6 +122,7 @@ def launch(
         d_parts=parts(d),
         dv_parts=parts(dv),
         bounds=False,
+        whole=whole,
         softcap=bool(softcap),
         sinks=sinks is not None,
         direct=direct,
@@ -131,6 +139,8 @@ def launch(
             args["sinks_ptr"] = sinks
     if softcap:
         args["SOFTCAP"] = softcap
+    if whole:
+        args |= {**bounds_arguments(bounds), "DENSE_BELOW": dense_below}
     index_strides = strides("indices", "bhsk", indices)
     if indices.shape[1] == 1:
         index_strides["indices_sh"] = 0
@@ -161,6 +171,21 @@ def launch(
     if not direct:
         combine(scratch, sinks, out, None, wrap)
     return out.transpose(1, 2)
+
+
+def _reach(
+    q: Tensor, k: Tensor, mask: Tensor | None, bounds: Tensor | None, predicate: str, pages: Tensor | None
+) -> tuple[Tensor, str]:
+    """Returns the bounds of all rows, and what of the predicate they do not say.
+
+    Bounds of an interval are exact, and the tokens that were chosen lie within them.
+    """
+    if bounds is None:
+        bounds = q.new_zeros((q.shape[0], q.shape[2], 2), dtype=torch.int32)
+        bounds[..., 1] = key_slots(k, pages)
+        return bounds, predicate
+    exact = mask is None and interval(parse_predicate(predicate)) is not None
+    return bounds, "" if exact else predicate
 
 
 GATHER = Variant("sparse_attention", "gather", supports, launch)

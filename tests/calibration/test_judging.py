@@ -27,7 +27,7 @@ class Words:
         return f"word{ids[0]}"
 
 
-@pytest.mark.parametrize("options", [OPTIONS, AGAIN])
+@pytest.mark.parametrize("options", [OPTIONS, AGAIN, {**OPTIONS, "dense_below": 38}])
 def test_figures_are_those_of_both_models_logits(
     options: dict[str, Any], model: Any, tokens: list[Tensor], passes: Any
 ) -> None:

@@ -39,7 +39,10 @@ class Oracle:
 
     name = "clsa_oracle"
 
-    def __init__(self, schedule: str, prompts: bool, scope: str = "layer", own: bool = False) -> None:
+    def __init__(
+        self, schedule: str, prompts: bool, scope: str = "layer", own: bool = False, below: int = 0
+    ) -> None:
+        self.below = below
         self.schedule, self.prompts, self.scope, self.own = schedule, prompts, scope, own
         self.chosen: dict[tuple[int, int, int], list[int]] = {}
         self.offered: dict[tuple[int, int, int], list[int]] = {}
@@ -64,7 +67,8 @@ class Oracle:
             if role == "F":
                 self.offered = self._choose(mass, readable, group, POOL)
         if shared and (role == "S" or self.own):
-            scores = scores + self._bias(scores, self.chosen)
+            few = allowed.expand(scores.shape).sum(-1, keepdim=True) <= self.below
+            scores = scores + torch.where(few, 0.0, self._bias(scores, self.chosen))
         out = scores.softmax(-1).nan_to_num() @ v
         return out.transpose(1, 2), None
 
@@ -143,6 +147,18 @@ def test_layers_choose_again_among_what_was_offered(
     for plan in sparse:
         assert plan.schedule == schedule
         assert plan.count("sparse") == schedule.count("S") + schedule.count("R")
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize(("below", "prefill"), [(15, "sparse"), (22, "sparse"), (20, "dense"), (22, "dense")])
+def test_rows_of_few_tokens_are_dense(below: int, prefill: str, cache: str, passes: Any, oracle: Any) -> None:
+    """Prompts of 20 tokens, one sequence with 3 of padding, and 6 steps: some rows below, some above."""
+    passes.options = Options.read({**TOPK, "share": 3, "prefill": prefill, "dense_below": below})
+    model = llama()
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    expected = oracle(model, cache, "FSSFS", prefill == "sparse", below=below)
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert largest_difference(oracle(model, cache, "FSSFS", prefill == "sparse"), ours) > TOLERANCE
 
 
 def test_a_pool_of_all_keys_is_the_dense_layer(passes: Any, oracle: Any) -> None:
@@ -232,6 +248,8 @@ def test_the_option_works_through_torch_compile() -> None:
         ({"topk": 64, "scope": "head"}, "'layer' or 'kv_head'"),
         ({"topk": 64, "prefill": True}, "'dense' or 'sparse'"),
         ({"topk": 64, "keep_last": -1}, "a number from 0"),
+        ({"topk": 64, "dense_below": 0.5}, "a number from 0"),
+        ({"dense_below": 100}, "'dense_below' is for dense layers, and needs 'topk'"),
         ({"topk": 16}, "keep_first=4 and keep_last=32 are more tokens than topk=16"),
         ({"topk": 64, "dense_layers": 2, "share": "FS"}, "contradict"),
         ({"keep_first": 4}, "'keep_first' is for dense layers, and needs 'topk'"),

@@ -85,7 +85,7 @@ class Judge:
         """Returns the boolean [B, H, S] of rows with at least one valid key."""
         q, k = arguments[:2]
         sparse = self.op == "sparse_attention"
-        mask, _, inputs, *_, predicate = arguments[4:] if sparse else arguments[3:]
+        mask, _, inputs, _, _, _, predicate = arguments[4:11] if sparse else arguments[3:10]
         sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         valid, bias = attend_mask(mask, inputs, predicate, sizes, q.device)
         allowed = torch.ones(sizes, dtype=torch.bool, device=q.device)

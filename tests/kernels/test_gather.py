@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+from clsa_compile.ir.ops import mask_bounds_reference, select_topk_reference, sparse_attention_reference
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.launch import is_latent
 from clsa_compile.kernels.sparse_attention.gather import plan, supports
@@ -62,6 +64,36 @@ SIZES = [
 def test_sizes(device: str, run: Run, judge: Any, sizes: Any, topk: int, dtype: torch.dtype) -> None:
     args = arguments(device, sizes, topk, dtype)
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)
+
+
+@pytest.mark.parametrize("below", [30, 60, 100, 200])
+@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize("predicate", ["kv <= q + in0(b)", "(kv <= q + in0(b)) & Ne(in1(b, kv), 0)", ""])
+def test_rows_of_few_tokens_read_all_of_them(
+    device: str, run: Run, judge: Any, predicate: str, rows: int, below: int
+) -> None:
+    """Sequences of 20, 60 and 150 tokens; the second predicate leaves holes, so its bounds are not exact."""
+    b, t = 3, 150
+    lengths = torch.tensor([20, 60, 149], device=device) - rows + 1
+    inputs = (lengths, torch.randint(0, 4, (b, t), device=device))
+    inputs = inputs[: predicate.count("in")] if predicate else ()
+    args = list(arguments(device, (b, 4, 2, rows, t, 32, 32), 24, predicate=predicate, inputs=inputs))
+    bounds = mask_bounds_reference(args[0], None, inputs, 4, t, predicate) if predicate else None
+    # Tokens that were chosen under the mask, as passes have it.
+    allowed = predicate_to_torch(parse_predicate(predicate), index_grid((b, 1, rows, t), device), inputs)
+    allowed = allowed.expand(b, 1, rows, t) if predicate else torch.ones(b, 1, rows, t, device=device)
+    scores = torch.where(allowed.bool(), torch.rand(b, 1, rows, t, device=device), -torch.inf)
+    args[3] = select_topk_reference(scores, None, 24, 1, 2)
+    args[5] = bounds
+    whole = (*args, None, below)
+    judge("sparse_attention")(run("sparse_attention", "gather", *whole), whole)
+    chosen, everything = (sparse_attention_reference(*args, None, x) for x in (0, t))
+    got = sparse_attention_reference(*whole)
+    spans = torch.full((b, rows), t) if bounds is None else (bounds[..., 1] - bounds[..., 0]).cpu()
+    for i in range(b):
+        for row in range(rows):
+            wanted = everything if spans[i, row] <= below else chosen
+            torch.testing.assert_close(got[i, :, row], wanted[i, :, row], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
