@@ -4,7 +4,7 @@
 
 compiles decoders exactly: selections that a model makes are attended sparsely, everything else reads
 each key once. `inspect` says what was found and what will be done with it. `search` finds which layers of a
-dense model may share tokens, and `evaluate` what that costs.
+dense model may share tokens; `evaluate` and `evaluate_tasks` say what that costs on text and on tasks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from clsa_compile.calibration.judging import evaluate
     from clsa_compile.calibration.quality import Quality
     from clsa_compile.calibration.searching import search
+    from clsa_compile.calibration.task_report import TaskReport
+    from clsa_compile.calibration.tasks import evaluate_tasks
 
 __version__ = "0.1.0"
 
@@ -39,13 +41,21 @@ __all__ = [
     "SharingPlan",
     "SitePlan",
     "StrictError",
+    "TaskReport",
     "evaluate",
+    "evaluate_tasks",
     "inspect",
     "search",
 ]
 
 # Only a search or an evaluation needs these: importing clsa_compile stays cheap.
-_LAZY = {"Quality": "quality", "evaluate": "judging", "search": "searching"}
+_LAZY = {
+    "Quality": "quality",
+    "TaskReport": "task_report",
+    "evaluate": "judging",
+    "evaluate_tasks": "tasks",
+    "search": "searching",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`clsa search` and `clsa evaluate`: a Hugging Face model and text files in, a plan or a report out."""
+"""`clsa search`, `evaluate` and `tasks`: a Hugging Face model and text files in, a plan or a report out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from clsa_compile.errors import OptionError
@@ -36,7 +38,8 @@ class Loaded:
 def add_search(commands: Any) -> None:
     """Adds `clsa search`."""
     parser = commands.add_parser("search", help="find which layers of a dense model may share tokens")
-    _add_common(parser)
+    _add_model(parser)
+    _add_text(parser)
     parser.add_argument("--topk", type=int, required=True, help="tokens that layers attend to, 1 to 4096")
     parser.add_argument("--anchors", type=int, help="layers that attend to all tokens and choose")
     parser.add_argument("--budget", type=float, help="increase of perplexity to stay within; 0.01 is 1%%")
@@ -51,14 +54,28 @@ def add_search(commands: Any) -> None:
 def add_evaluate(commands: Any) -> None:
     """Adds `clsa evaluate`."""
     parser = commands.add_parser("evaluate", help="measure what a plan costs a model on some text")
-    _add_common(parser)
-    parser.add_argument("--plan", type=Path, help="a plan that `clsa search` wrote")
-    parser.add_argument("--share", help="instead of a plan: a number or a schedule of F and S, with --topk")
-    parser.add_argument("--topk", type=int, help="tokens that layers attend to, with --share")
+    _add_model(parser)
+    _add_text(parser)
+    _add_plan(parser)
+    parser.add_argument("--tasks", action="store_true", help="measure the synthetic tasks too, at --length")
     parser.set_defaults(run=run_evaluate)
 
 
-COMMANDS = (add_search, add_evaluate)
+def add_tasks(commands: Any) -> None:
+    """Adds `clsa tasks`."""
+    parser = commands.add_parser("tasks", help="measure what a plan costs a model on synthetic tasks")
+    _add_model(parser)
+    _add_plan(parser)
+    parser.add_argument("--tasks", nargs="+", help="these tasks only (default: all five)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a prompt (default: 1024 2048)")
+    parser.add_argument("--depths", type=float, nargs="+", help="0 to 1 (default: 0 0.25 0.5 0.75 1)")
+    parser.add_argument("--samples", type=int, help="samples of each task, length and depth (default: 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--filler", type=Path, help="a text file to hide things in")
+    parser.set_defaults(run=run_tasks)
+
+
+COMMANDS = (add_search, add_evaluate, add_tasks)
 
 
 def run_search(arguments: argparse.Namespace) -> int:
@@ -81,19 +98,38 @@ def run_search(arguments: argparse.Namespace) -> int:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Measures a plan, or a schedule, and prints what it costs."""
     from clsa_compile.calibration.judging import evaluate
+    from clsa_compile.calibration.tasks import evaluate_tasks
 
-    if (arguments.plan is None) == (arguments.share is None):
-        raise OptionError("give --plan, or --share with --topk")
-    plan: Any = arguments.plan
-    if plan is not None:
-        plan = SharingPlan.load(plan)
-    else:
-        share = arguments.share
-        plan = {"topk": arguments.topk, "share": int(share) if share.isdigit() else share}
+    plan = _plan_of(arguments)
     loaded = load(arguments.model, arguments.device, arguments.dtype)
     sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)
-    quality = evaluate(loaded.model, plan, sequences, folder=arguments.folder, progress=not arguments.quiet)
-    _report(arguments, loaded, quality)
+    settings = {"folder": arguments.folder, "progress": not arguments.quiet}
+    quality = evaluate(loaded.model, plan, sequences, **settings)
+    tasks = None
+    if arguments.tasks:
+        length = sequences[0].shape[1]
+        tasks = evaluate_tasks(loaded.model, plan, loaded.tokenizer, lengths=length, **settings)
+    _report(arguments, loaded, quality, tasks)
+    return 0
+
+
+def run_tasks(arguments: argparse.Namespace) -> int:
+    """Measures a plan, or a schedule, on synthetic tasks and prints what it costs."""
+    from clsa_compile.calibration.tasks import evaluate_tasks
+
+    plan = _plan_of(arguments)
+    names = ("tasks", "lengths", "depths", "samples", "seed", "folder")
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.filler is not None:
+        settings["filler"] = _read(arguments.filler)
+    loaded = load(arguments.model, arguments.device, arguments.dtype)
+    report = evaluate_tasks(loaded.model, plan, loaded.tokenizer, progress=not arguments.quiet, **settings)
+    if arguments.html is not None:
+        report.to_html(arguments.html)
+    if arguments.json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        _show(report)
     return 0
 
 
@@ -131,26 +167,62 @@ def windows(loaded: Loaded, files: Sequence[Path], length: int | None, most: int
     return found
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--folder", type=Path, help="keeps finished stages, to go on after an interruption")
+    parser.add_argument("--html", type=Path, help="the report as a page (.html) that needs no network")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, of several kinds")
     parser.add_argument(
         "--length", type=int, help=f"tokens of a sequence (default {LENGTH}, or the model's most)"
     )
     parser.add_argument("--sequences", type=int, help="no more sequences than this")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--folder", type=Path, help="keeps finished stages, to go on after an interruption")
     parser.add_argument("--heatmap", type=Path, help="a picture (.png) of who could choose for whom")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def _report(arguments: argparse.Namespace, loaded: Loaded, quality: Any) -> None:
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, help="a plan that `clsa search` wrote")
+    parser.add_argument("--share", help="instead of a plan: a number or a schedule of F and S, with --topk")
+    parser.add_argument("--topk", type=int, help="tokens that layers attend to, with --share")
+
+
+def _plan_of(arguments: argparse.Namespace) -> Any:
+    """Returns the plan, or the options, that are to be measured."""
+    if (arguments.plan is None) == (arguments.share is None):
+        raise OptionError("give --plan, or --share with --topk")
+    if arguments.plan is not None:
+        return SharingPlan.load(arguments.plan)
+    share = arguments.share
+    return {"topk": arguments.topk, "share": int(share) if share.isdigit() else share}
+
+
+def _report(arguments: argparse.Namespace, loaded: Loaded, quality: Any, tasks: Any = None) -> None:
     quality = quality.with_text(loaded.tokenizer.decode([quality.worst_token.token]))
     if arguments.heatmap is not None:
         quality.heatmap(arguments.heatmap)
-    print(json.dumps(quality.to_dict(), indent=1) if arguments.json else quality)
+    if arguments.html is not None:
+        quality.to_html(arguments.html, tasks)
+    if arguments.json:
+        more = {} if tasks is None else {"tasks": tasks.to_dict()}
+        print(json.dumps({**quality.to_dict(), **more}, indent=1))
+        return
+    print(quality)
+    if tasks is not None:
+        _show(tasks)
+
+
+def _show(tasks: Any) -> None:
+    """Prints a report of tasks, with lines and weights on a terminal, plain where it is piped."""
+    if sys.stdout.isatty():
+        Console().print(tasks)
+    else:
+        print(tasks)
 
 
 def _plain(loaded: Any) -> Any:
@@ -163,11 +235,14 @@ def _plain(loaded: Any) -> Any:
     return plain
 
 
-def _cut(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise OptionError(f"the text {os.fspath(path)!r} cannot be read: {error}") from error
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def _cut(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
+    ids = torch.tensor(tokenizer(_read(path), verbose=False)["input_ids"], dtype=torch.long)
     for start in range(0, len(ids) - length + 1, length):
         yield ids[None, start : start + length]

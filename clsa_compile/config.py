@@ -33,8 +33,8 @@ class Options:
     pool: tokens that an R of `share` chooses among, 4096 at most; 4 times as many as are chosen by default.
     scope: "layer" (one set of tokens for all heads) or "kv_head" (one a kv head).
     dense_layers: so many of the first layers stay dense, where `share` is no schedule.
-    dense_below: while the tokens that a query may read lie within so many positions, dense layers attend to all of
-        them. Decided on the device; `topk` itself by default.
+    dense_below: while the tokens that a query may read lie within so many positions, dense layers attend to
+        all of them. Decided on the device; `topk` itself by default.
     keep_first, keep_last: tokens at both ends of a sequence that are always selected.
     prefill: "dense" (prompts stay dense) or "sparse".
     reclaim: key caches that only indexers read which no longer run are not written either.

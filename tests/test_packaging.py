@@ -198,6 +198,12 @@ def test_the_wheel_holds_every_module_and_template(wheel_names: list[str]) -> No
         for path in (ROOT / folder).rglob(pattern)
     }
     assert any(name.endswith(".jinja") for name in expected)
+    expected |= {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.py", "*.jinja")
+        for path in (ROOT / "clsa_compile/calibration").rglob(pattern)
+    }
+    assert "clsa_compile/calibration/report.html.jinja" in expected
     assert expected | {"clsa_compile/py.typed"} <= set(wheel_names)
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clsa_compile.backend import requested
 from clsa_compile.calibration.attend import Operands, best
-from clsa_compile.calibration.fingerprint import check, sequence_hash
-from clsa_compile.calibration.given import Model, sequences
+from clsa_compile.calibration.fingerprint import sequence_hash
+from clsa_compile.calibration.given import Model, Planned, asked, sequences
 from clsa_compile.calibration.graphs import Graph
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.quality import LayerQuality, Quality, WorstToken
@@ -23,7 +21,6 @@ from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import Pool, Request, is_reindex
-from clsa_compile.ir.sharing import SharingPlan
 
 __all__ = ["Judge", "evaluate"]
 
@@ -180,7 +177,7 @@ class Judge:
 
 def evaluate(
     model: Any,
-    plan: SharingPlan | str | os.PathLike[str] | Mapping[str, Any],
+    plan: Planned,
     batches: Any,
     *,
     tokenizer: Any = None,
@@ -195,22 +192,16 @@ def evaluate(
     first half. With a `tokenizer` the worst token has a text. Results are kept in `folder` and found there
     again. Nothing is compiled. Raises OptionError for what cannot be measured.
     """
-    options = Options.read(plan if isinstance(plan, Mapping) else {"share": plan})
-    request = requested(options)
-    if request is None:
-        raise OptionError("there is nothing to measure without 'topk', or a plan that brings it")
-    assert options.topk is not None
-    given = sequences(batches, options.topk)
+    options, topk, request = asked(plan)
+    given = sequences(batches, topk)
     shortest = min(ids.shape[1] for ids in given)
     if skip is not None and not 0 <= skip < shortest - 1:
         raise OptionError(f"skip={skip!r} leaves nothing to score of {shortest} tokens")
     known = Model(model, given[0], Stages(folder))
-    if isinstance(options.share, SharingPlan):
-        check(options.share, known.fingerprint)
+    known.check(options)
     judge = Judge(known, given, options, skip)
     with Progress(progress) as shown:
         judge.dense(shown.stage("dense", len(given)))
-        request = replace(request, prompts=True)
         figures, pools = judge.measure(request, options.identity(), shown.stage("shared", len(given)))
     quality = judge.quality(figures, pools)
     return quality if tokenizer is None else quality.with_text(tokenizer.decode([quality.worst_token.token]))

@@ -1,4 +1,4 @@
-"""Quality: what sharing costs a model on some text, as numbers, a table and a picture."""
+"""Quality: what sharing costs a model on some text, as numbers, a table, a picture and a page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clsa_compile.calibration import page
+from clsa_compile.calibration.task_report import TaskReport
 from clsa_compile.errors import OptionError
 
 __all__ = ["LayerQuality", "Quality", "WorstToken"]
@@ -144,3 +146,10 @@ class Quality:
             figure.savefig(path, dpi=120, format="png")
         except OSError as error:
             raise OptionError(f"no picture can be written to {os.fspath(path)!r}: {error}") from error
+
+    def to_html(self, path: str | os.PathLike[str], tasks: TaskReport | None = None) -> None:
+        """Writes one self-contained HTML file, with the heat map, and `tasks` where they were measured too.
+
+        Raises OptionError where it cannot be written.
+        """
+        page.write(path, page.render(self, tasks))

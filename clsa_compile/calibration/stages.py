@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clsa_compile.errors import OptionError
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "write_whole"]
 
 # Raised when what is written changes its meaning: older files are then not found any more.
 VERSION = 1
@@ -41,7 +41,7 @@ class Stages:
         except (OSError, ValueError):
             pass  # not there, or cut off by a full disk
         content = json.dumps(make())
-        _write(path, lambda partial: partial.write_text(content))
+        write_whole(path, lambda partial: partial.write_text(content))
         return json.loads(content)
 
     def tensors(self, name: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -61,7 +61,7 @@ class Stages:
         except (OSError, SafetensorError):
             pass
         made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
-        _write(path, lambda partial: save_file(made, partial))
+        write_whole(path, lambda partial: save_file(made, partial))
         return made
 
     def _path(self, name: str, key: Any, ending: str) -> Path:
@@ -70,7 +70,7 @@ class Stages:
         return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -44,8 +44,8 @@ class Pool:
     topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members:
     the layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that
     each kv head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at
-    both ends that are always in a set. power: mass is the probability raised to it. dense_below: queries whose
-    readable tokens lie within so many positions attend to all of them. Layers are ordinals.
+    both ends that are always in a set. power: mass is the probability raised to it. dense_below: queries
+    whose readable tokens lie within so many positions attend to all of them. Layers are ordinals.
     """
 
     anchor: int

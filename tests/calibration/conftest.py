@@ -1,8 +1,10 @@
-"""A tiny trained-like model, tokens, and one search, made once."""
+"""A tiny trained-like model, tokens, tokenizers, and one search, made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,44 @@ from clsa_compile.testing import tiny
 
 LAYERS, LENGTH = 5, 48
 ASKED = Asked(topk=12, anchors=2, keep_first=2, keep_last=3)
+
+
+class Tokenizer:
+    """Words, digits and signs as tokens, each with the blank before it; 0 begins a text.
+
+    With a `size` ids are hashes below it, for a model with few of them; without one texts can be read again.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        self._size = size
+        self._known: dict[str, int] = {}
+        self._texts: dict[int, str] = {0: ""}
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        start = [0] if add_special_tokens else []
+        return {"input_ids": start + [self._id(piece) for piece in re.findall(r" ?[A-Za-z]+| ?.|\n", text)]}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._texts[i] for i in ids)
+
+    def _id(self, piece: str) -> int:
+        if self._size is not None:
+            return 1 + zlib.crc32(piece.encode()) % (self._size - 1)
+        number = self._known.setdefault(piece, len(self._known) + 1)
+        self._texts[number] = piece
+        return number
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """A tokenizer whose texts can be read again."""
+    return Tokenizer()
+
+
+@pytest.fixture(scope="session")
+def hashes() -> Tokenizer:
+    """A tokenizer for a model of 128 ids."""
+    return Tokenizer(128)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`clsa search` and `clsa evaluate`: a folder and texts in, a plan and a report out; mistakes in one line."""
+"""`clsa search`, `evaluate` and `tasks`: a folder and texts in, a report out; mistakes in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from clsa_compile import commands
 from clsa_compile.__main__ import main
+from clsa_compile.calibration import tasks
+from clsa_compile.calibration.task_report import TaskCell, TaskReport
 from clsa_compile.commands import windows
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.sharing import SharingPlan
@@ -30,7 +33,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
-    tiny("llama", num_hidden_layers=4).save_pretrained(folder)
+    tiny("llama", num_hidden_layers=4, max_position_embeddings=640).save_pretrained(folder)
     (folder / "prose.txt").write_text("the quick brown fox jumps over the lazy dog; " * 5)
     (folder / "other.txt").write_text("who chooses tokens, and who attends to them? " * 3)
     return folder
@@ -61,13 +64,68 @@ def test_a_plan_is_found_and_measured_again(
     plan = SharingPlan.load(out)
     assert plan.pattern().count("F") == 2
     assert f"schedule {plan.pattern()}, 16 tokens: perplexity" in capsys.readouterr().out
-    assert main(arguments("evaluate", folder, "--plan", str(out), "--json", "--sequences", "2")) == 0
+    page = tmp_path / "report.html"
+    more = ("--plan", str(out), "--json", "--sequences", "2", "--html", str(page))
+    assert main(arguments("evaluate", folder, *more)) == 0
+    assert plan.pattern() in page.read_text()
     report = json.loads(capsys.readouterr().out)
     assert report["schedule"] == plan.pattern()
     assert report["tokens"] == 2 * 23
     assert len(report["worst_token"]["text"]) == 1
     assert main(arguments("evaluate", folder, "--share", "2", "--topk", "16")) == 2
     assert "keep_first=4 and keep_last=32 are more tokens than topk=16" in capsys.readouterr().err
+
+
+def test_tasks_are_measured(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["--share", "2", "--topk", "48", "--quiet", "--device", "cpu", "--folder", str(tmp_path)]
+    few = ["--tasks", "single_needle", "--lengths", "400", "--depths", "0", "0.5", "--samples", "1"]
+    page = tmp_path / "tasks.html"
+    assert main(["tasks", str(folder), *plan, *few, "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "tasks, schedule FSFS, 48 tokens:" in shown
+    assert [line.split()[:4] for line in shown.splitlines()[2:]] == [
+        ["single_needle", "400", "0", "1"],
+        ["single_needle", "400", "0.5", "1"],
+    ]
+    assert "single_needle" in page.read_text()
+    assert main(["tasks", str(folder), *plan, *few, "--json", "--seed", "1"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 2
+    other = ["--filler", str(folder / "other.txt")]
+    assert main(["tasks", str(folder), *plan, *few, *other]) == 0
+    assert capsys.readouterr().out != shown
+
+
+def test_tasks_are_measured_with_text_and_shown_on_its_page(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = TaskCell("single_needle", 48, 0.5, 1, 1.0, 0.0, -0.1, -0.3, 0.5)
+
+    def measured(model: Any, plan: Any, tokenizer: Any, **settings: Any) -> TaskReport:
+        assert settings == {"lengths": 48, "folder": None, "progress": False}
+        return TaskReport(plan["topk"], "FSFS", 0, (cell,))
+
+    monkeypatch.setattr(tasks, "evaluate_tasks", measured)
+    monkeypatch.setattr(commands, "_plan_of", lambda _: {"topk": 16, "share": 2, "keep_last": 4})
+    page = tmp_path / "report.html"
+    assert main(arguments("evaluate", folder, "--tasks", "--sequences", "1", "--html", str(page))) == 0
+    shown = capsys.readouterr().out
+    assert "schedule FSFS, 16 tokens: perplexity" in shown
+    assert "tasks, schedule FSFS, 16 tokens: 100.0% right -> 0.0%" in shown
+    assert "Synthetic tasks" in page.read_text()
+    assert main(arguments("evaluate", folder, "--tasks", "--sequences", "1", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["cells"][0]["task"] == "single_needle"
+
+
+def test_mistakes_in_tasks_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["--share", "2", "--topk", "48", "--quiet", "--device", "cpu"]
+    for more, message in (
+        (["--tasks", "needle"], "unknown task 'needle'; did you mean 'single_needle'?"),
+        (["--lengths", "60"], "a sequence of 60 tokens is too short for topk=48"),
+        (["--depths", "2"], "'depths' holds 2.0"),
+        (["--filler", "nowhere.txt"], "the text 'nowhere.txt' cannot be read"),
+    ):
+        assert main(["tasks", str(folder), *plan, *more]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_windows_take_texts_in_turn(folder: Path) -> None:
@@ -107,6 +165,8 @@ def test_windows_take_texts_in_turn(folder: Path) -> None:
         (["evaluate", "--plan", "a.json", "--share", "2"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json"], "the plan 'a.json' cannot be read"),
         (["evaluate", "--share", "2", "--topk", "64"], "cannot load a model from"),
+        (["tasks"], "give --plan, or --share with --topk"),
+        (["tasks", "--share", "2", "--topk", "64"], "cannot load a model from"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -114,7 +174,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
 ) -> None:
     command, *options = more
     model = str(tmp_path / "model.gguf")
-    assert main([command, model, "--text", str(tmp_path / "a.txt"), "--quiet", *options]) == 2
+    text = [] if command == "tasks" else ["--text", str(tmp_path / "a.txt")]
+    assert main([command, model, *text, "--quiet", *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
