@@ -12,7 +12,7 @@ from torch.fx import Node
 from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import Group, Plan, SitePlan
-from clsa_compile.ir.routing import Pool, Request, Shares, Sharing, is_reindex, offered
+from clsa_compile.ir.routing import Pool, Request, Shares, Sharing, offered, role
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
 from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
@@ -53,7 +53,7 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     ]
     schedule = "".join("S" if anchor != i else "R" if i in among else "F" for i, anchor in enumerate(read))
     if request is not None:
-        schedule = "".join(_letter(pools, s.ordinal) for s in shareable(sites.attention))
+        schedule = "".join(role(pools, s.ordinal) for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
         (*_index_groups(able, read, among), *_kv_groups(sites.attention), *map(_mass_group, pools)),
@@ -61,13 +61,6 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
     )
-
-
-def _letter(pools: Sequence[Pool], ordinal: int) -> str:
-    """Returns F for a layer that attends to all tokens, R for one that chooses among some, else S."""
-    if not any(ordinal in pool.members for pool in pools):
-        return "F"
-    return "R" if is_reindex(pools, ordinal) else "S"
 
 
 def _owners(able: Sequence[AttentionSite]) -> list[int]:

@@ -20,7 +20,7 @@ from clsa_compile.calibration.quality import LayerQuality, Quality, WorstToken
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Pool, Request, is_reindex
+from clsa_compile.ir.routing import Pool, Request, role
 
 __all__ = ["Judge", "evaluate"]
 
@@ -77,7 +77,7 @@ class Judge:
         layers = tuple(
             LayerQuality(
                 entry.path,
-                ("R" if is_reindex(pools, i) else "S") if i in kept else "F",
+                role(pools, i),
                 anchors.get(i) if i in kept else None,
                 kept.get(i),
             )

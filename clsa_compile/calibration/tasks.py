@@ -20,7 +20,7 @@ from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.task_report import TaskCell, TaskReport
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Request
+from clsa_compile.ir.routing import Request, role
 
 __all__ = ["DEPTHS", "LENGTHS", "SAMPLES", "evaluate_tasks"]
 
@@ -64,8 +64,8 @@ def evaluate_tasks(
         asker = _Asker(known, request, options)
         done = shown.stage("tasks", samples * len(cells))
         found = [asker.cell(*cell, made, done) for cell, made in cells]
-    members = {m for pool in request.route(known.layers) for m in pool.members}
-    schedule = "".join("S" if i in members else "F" for i in range(len(known.layers)))
+    pools = request.route(known.layers)
+    schedule = "".join(role(pools, i) for i in range(len(known.layers)))
     by_task = sorted(found, key=lambda cell: wanted.tasks.index(cell.task))
     return TaskReport(topk, schedule, seed, tuple(by_task))
 

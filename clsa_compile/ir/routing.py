@@ -121,6 +121,13 @@ def is_reindex(pools: Sequence[Pool], layer: int) -> bool:
     return follows and any(layer in pool.sources for pool in pools)
 
 
+def role(pools: Sequence[Pool], layer: int) -> str:
+    """Returns a letter: F attends to all tokens, R to those that it chooses among, S to chosen ones."""
+    if not any(layer in pool.members for pool in pools):
+        return "F"
+    return "R" if is_reindex(pools, layer) else "S"
+
+
 # The pools of a graph, from its layers that may share.
 Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clsa_compile.errors import PlanError
-from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool
+from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool, role
 from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, text
 
 __all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
@@ -135,8 +135,7 @@ class SharingPlan:
 
     def pattern(self) -> str:
         """Returns the schedule, a letter a layer: S attends to tokens that the last F chose, F to all."""
-        members = {m for pool in self.pools for m in pool.members}
-        return "".join("S" if layer.ordinal in members else "F" for layer in self.layers)
+        return "".join(role(self.pools, layer.ordinal) for layer in self.layers)
 
     def __repr__(self) -> str:
         return f"SharingPlan({self.pattern()}, topk={self.topk}, {self.digest()[:12]})"
