@@ -155,8 +155,10 @@ def requested(options: Options) -> Request | None:
 
 def sharing(options: Options) -> Sharing | None:
     """Returns which layer reads which one's index, as a function of what the model does."""
-    if options.share == "off" or isinstance(options.share, SharingPlan):
+    if options.share == "off":
         return None
+    if isinstance(options.share, SharingPlan):
+        return partial(planned.shares, options.share) if options.share.kind == "index" else None
     return partial(shares, options.share, options.pool)
 
 

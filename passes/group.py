@@ -17,7 +17,7 @@ from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand,
 from clsa_compile.passes.indexing import same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
-from clsa_compile.passes.route import routed, shareable
+from clsa_compile.passes.route import layer, routed, shareable
 
 
 def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
@@ -26,8 +26,8 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     `sharing` is for layers with indexers, `request` for dense ones.
     """
     able = [site for site in sites.attention if site.indexer is not None]
-    owners = _owners(able)
-    shares = Shares(tuple(owners)) if sharing is None else sharing(owners)
+    owners = index_owners(able)
+    shares = Shares(tuple(owners)) if sharing is None else sharing(owners, [layer(site) for site in able])
     wanted = shares.anchors
     refused = {
         able[i].ordinal: why
@@ -63,7 +63,7 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
     )
 
 
-def _owners(able: Sequence[AttentionSite]) -> list[int]:
+def index_owners(able: Sequence[AttentionSite]) -> list[int]:
     """Returns for each layer the first one that reads the same selection."""
     first: dict[Node, int] = {}
     return [first.setdefault(_indexer(site).topk_node, i) for i, site in enumerate(able)]

@@ -11,8 +11,8 @@ import torch
 
 import clsa_compile
 from clsa_compile.calibration import tasks as measured
+from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.haystack import TASKS, Haystack
-from clsa_compile.calibration.searching import Found
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
