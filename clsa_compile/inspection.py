@@ -275,4 +275,5 @@ def _describe(group: Group, plan: Plan) -> str:
         return f"{subject} to the {group.topk} tokens that layer {layers[group.anchor]} looked at most"
     if len(group.members) == 1:
         return f"layer {members} has an index of its own"
-    return f"layers {members} share the index of layer {layers[group.anchor]}"
+    equal = f": {group.repeats + 1} indexers compute the same, one runs" if group.repeats else ""
+    return f"layers {members} share the index of layer {layers[group.anchor]}{equal}"

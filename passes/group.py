@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch.fx import Node
@@ -21,10 +21,16 @@ from clsa_compile.passes.route import routed, shareable
 Sharing = Callable[[Sequence[int]], Sequence[int]]
 
 
-def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
+def plan(
+    sites: Sites,
+    sharing: Sharing | None = None,
+    request: Request | None = None,
+    repeats: Mapping[Node, int] | None = None,
+) -> Plan:
     """Returns the decisions for one graph, in execution order. Nothing is changed yet.
 
-    `sharing` is for layers with indexers, `request` for dense ones.
+    `sharing` is for layers with indexers, `request` for dense ones. `repeats` says how many equal nodes were
+    merged into a node.
     """
     able = [site for site in sites.attention if site.indexer is not None]
     owners = _owners(able)
@@ -49,7 +55,7 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
         schedule = "".join("S" if s.ordinal in members else "F" for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
-        (*_index_groups(able, read), *_kv_groups(sites.attention), *map(_mass_group, pools)),
+        (*_index_groups(able, read, repeats or {}), *_kv_groups(sites.attention), *map(_mass_group, pools)),
         schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
@@ -127,12 +133,21 @@ def describe_mask(mask: MaskSpec) -> str:
     return " & ".join(p for p in (text, f"{dtype} tensor {mask.tensor.root.name}") if p)
 
 
-def _index_groups(able: Sequence[AttentionSite], read: Sequence[int]) -> list[Group]:
+def _index_groups(
+    able: Sequence[AttentionSite], read: Sequence[int], repeats: Mapping[Node, int]
+) -> list[Group]:
     members: dict[int, list[int]] = {}
     for site, anchor in zip(able, read, strict=True):
         members.setdefault(anchor, []).append(site.ordinal)
     return [
-        Group("index", able[i].ordinal, tuple(m), _indexer(able[i]).topk, _indexer(able[i]).score.text)
+        Group(
+            kind="index",
+            anchor=able[i].ordinal,
+            members=tuple(m),
+            topk=_indexer(able[i]).topk,
+            score=_indexer(able[i]).score.text,
+            repeats=repeats.get(_indexer(able[i]).topk_node, 0),
+        )
         for i, m in members.items()
     ]
 

@@ -1,4 +1,7 @@
-"""The pipeline, in order: canonicalize, match, plan, rewrite, keep tables, lower; verified between passes."""
+"""The pipeline, in order: canonicalize, number, match, plan, rewrite, keep tables, lower.
+
+What a graph must satisfy is verified between passes.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import Sharing, plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
+from clsa_compile.passes.number import merge
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.savings import savings
@@ -51,10 +55,12 @@ def decide(
     """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
     with _named("canonicalize"):
         canonicalize(captured)
+    with _named("number"):
+        merged = merge(captured)
     with _named("match"):
         sites = match(captured, FAMILIES)
     with _named("plan"):
-        decided = plan(sites, sharing, request)
+        decided = plan(sites, sharing, request, merged.repeats)
         writes = reclaimable(captured, sites, decided) if reclaims else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         saved = savings(captured, sites, decided, every)

@@ -43,6 +43,7 @@ class Group:
 
     One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
     ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
+    `repeats` is how many indexers of the model compute the same as the one that runs, besides it.
     """
 
     kind: Literal["index", "kv", "mass"]
@@ -50,6 +51,7 @@ class Group:
     members: tuple[int, ...]
     topk: int = 0
     score: str = ""
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
