@@ -53,7 +53,17 @@ _EFFECTS = (
 
 def is_pure(node: Node) -> bool:
     """Tells whether a node may be dropped when nothing uses it. What is unknown may not."""
-    return node.op == "get_attr" or (node.op == "call_function" and is_pure_target(node.target))
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    return is_pure_target(node.target) or is_idle_dropout(node)
+
+
+def is_idle_dropout(node: Node) -> bool:
+    """Tells whether a node is a dropout that drops nothing, as in a model that is not trained."""
+    if node.target is not torch.ops.aten.dropout.default:
+        return False
+    arguments: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+    return bool(arguments[1] == 0 or arguments[2] is False)
 
 
 @functools.cache  # a deep model asks for the same few hundred ops
