@@ -217,7 +217,7 @@ class LightningIndexer(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.topk, self.heads, self.scale = config.topk, config.index_heads, config.index_dim**-0.5
+        self.topk, self.heads, self.width = config.topk, config.index_heads, config.index_dim
         self.query = linear(config.hidden, config.index_heads * config.index_dim)
         self.key = linear(config.hidden, config.index_dim)
         self.weight = linear(config.hidden, config.index_heads)
@@ -226,7 +226,7 @@ class LightningIndexer(nn.Module):
         """Returns the tokens [B, S, T] that each row attends to."""
         q = self.query(x).unflatten(-1, (self.heads, -1))
         k = store.write(self.key(memory.hidden), step.positions)
-        points = F.relu(torch.matmul(q, k.transpose(-1, -2).unsqueeze(1)) * self.scale)
+        points = F.relu(torch.matmul(q, k.transpose(-1, -2).unsqueeze(1)) * self.width**-0.5)
         weight = self.weight(x) * self.heads**-0.5
         scores = torch.matmul(weight.unsqueeze(-2), points).squeeze(-2)
         return select(scores, step.causal, self.topk)

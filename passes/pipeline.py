@@ -1,4 +1,4 @@
-"""The pipeline, in order: canonicalize, number, match, plan, rewrite, keep tables, lower.
+"""The pipeline, in order: canonicalize, number, match, plan, rewrite, stop early, keep tables, lower.
 
 What a graph must satisfy is verified between passes.
 """
@@ -22,6 +22,7 @@ from clsa_compile.ir.routing import Request
 from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.variants import Variant
 from clsa_compile.passes.canonicalize import canonicalize
+from clsa_compile.passes.early import stop_early
 from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import Sharing, plan
 from clsa_compile.passes.lower import Choice, lower
@@ -80,6 +81,7 @@ def carry_out(
         rewrite(captured, decision.sites, decision.plan)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
+        stop_early(captured)
         keep_tables(captured)
         verify(captured, "rewrite", kept)
     if observe is not None:

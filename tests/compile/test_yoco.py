@@ -96,6 +96,34 @@ def test_every_variant_equals_eager(attention: str, cache: str, passes: Any) -> 
             assert plan.shares == (), "results are what they were"
 
 
+def rows(module: Any) -> list[int]:
+    """How many rows each projection computes, in order."""
+    linear = torch.ops.aten.linear.default
+    return [n.meta["val"].shape[1] for n in module.graph.nodes if n.target is linear]
+
+
+@pytest.mark.parametrize(
+    ("attention", "cache"),
+    [("yoco", "static"), ("yoco-dsa", "static"), ("yoco-clsa", "static"), ("yoco-clsa", "growing")],
+)
+def test_a_prompt_runs_the_cross_decoder_for_its_last_token(attention: str, cache: str, passes: Any) -> None:
+    compare(attention, cache, passes, keep=1)
+    found = rows(passes.modules[0])
+    index_keys = {"yoco-dsa": CROSS, "yoco-clsa": 1}.get(attention, 0)
+    # Seven projections a self-decoder layer, the memory's keys and values, and the index keys.
+    assert found.count(PROMPT) == 7 * (LAYERS - CROSS) + 2 + index_keys
+    assert set(found) == {PROMPT, 1}
+    assert found[-1] == 1
+    # Queries, output and network of a cross layer; the index query, or query and weights in each layer.
+    queries = {"yoco-dsa": 2 * CROSS, "yoco-clsa": 1}.get(attention, 0)
+    assert found.count(1) == 5 * CROSS + queries + 1
+
+
+def test_a_prompt_whose_logits_are_all_wanted_runs_whole(passes: Any) -> None:
+    compare("yoco-clsa", "static", passes, keep=0)
+    assert set(rows(passes.modules[0])) == {PROMPT}
+
+
 def test_the_report_says_that_equal_indexers_became_one() -> None:
     model = decoder("yoco-clsa")
     ids = torch.zeros(1, PROMPT, dtype=torch.long)
