@@ -20,10 +20,16 @@ from clsa_compile.passes.patterns.indexer import canonical
 from clsa_compile.passes.route import layer, routed, shareable
 
 
-def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
+def plan(
+    sites: Sites,
+    sharing: Sharing | None = None,
+    request: Request | None = None,
+    repeats: Mapping[Node, int] | None = None,
+) -> Plan:
     """Returns the decisions for one graph, in execution order. Nothing is changed yet.
 
-    `sharing` is for layers with indexers, `request` for dense ones.
+    `sharing` is for layers with indexers, `request` for dense ones. `repeats` says how many equal nodes were
+    merged into a node.
     """
     able = [site for site in sites.attention if site.indexer is not None]
     owners = index_owners(able)
@@ -56,7 +62,11 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
         schedule = "".join(role(pools, s.ordinal) for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
-        (*_index_groups(able, read, among), *_kv_groups(sites.attention), *map(_mass_group, pools)),
+        (
+            *_index_groups(able, read, among, repeats or {}),
+            *_kv_groups(sites.attention),
+            *map(_mass_group, pools),
+        ),
         schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
@@ -145,19 +155,24 @@ def describe_mask(mask: MaskSpec) -> str:
 
 
 def _index_groups(
-    able: Sequence[AttentionSite], read: Sequence[int], among: Mapping[int, tuple[int, int]]
+    able: Sequence[AttentionSite],
+    read: Sequence[int],
+    among: Mapping[int, tuple[int, int]],
+    repeats: Mapping[Node, int],
 ) -> list[Group]:
     members: dict[int, list[int]] = {}
     for site, anchor in zip(able, read, strict=True):
         members.setdefault(anchor, []).append(site.ordinal)
     return [
         Group(
-            "index",
-            able[i].ordinal,
-            tuple(m),
-            _indexer(able[i]).topk,
-            _indexer(able[i]).score.text,
-            *among.get(i, ()),
+            kind="index",
+            anchor=able[i].ordinal,
+            members=tuple(m),
+            topk=_indexer(able[i]).topk,
+            score=_indexer(able[i]).score.text,
+            among=among[i][0] if i in among else None,
+            pool=among[i][1] if i in among else 0,
+            repeats=repeats.get(_indexer(able[i]).topk_node, 0),
         )
         for i, m in members.items()
     ]

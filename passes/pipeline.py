@@ -1,4 +1,7 @@
-"""The pipeline, in order: canonicalize, match, plan, rewrite, keep tables, lower; verified between passes."""
+"""The pipeline, in order: canonicalize, number, match, plan, rewrite, stop early, keep tables, lower.
+
+What a graph must satisfy is verified between passes.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.variants import Variant
 from clsa_compile.passes.canonicalize import canonicalize
+from clsa_compile.passes.early import stop_early
 from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import match
+from clsa_compile.passes.number import merge
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.savings import savings
@@ -51,10 +56,12 @@ def decide(
     """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
     with _named("canonicalize"):
         canonicalize(captured)
+    with _named("number"):
+        merged = merge(captured)
     with _named("match"):
         sites = match(captured, FAMILIES)
     with _named("plan"):
-        decided = plan(sites, sharing, request)
+        decided = plan(sites, sharing, request, merged.repeats)
         writes = reclaimable(captured, sites, decided) if reclaims else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         saved = savings(captured, sites, decided, every)
@@ -74,6 +81,7 @@ def carry_out(
         rewrite(captured, decision.sites, decision.plan)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
+        stop_early(captured)
         keep_tables(captured)
         verify(captured, "rewrite", kept)
     if observe is not None:

@@ -43,7 +43,8 @@ class Group:
 
     One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
     ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
-    An index is selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
+    `repeats` is how many indexers of the model compute the same as the one that runs, besides it. An index is
+    selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
     """
 
     kind: Literal["index", "kv", "mass"]
@@ -51,6 +52,7 @@ class Group:
     members: tuple[int, ...]
     topk: int = 0
     score: str = ""
+    repeats: int = 0
     among: int | None = None
     pool: int = 0
 

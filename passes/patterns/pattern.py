@@ -86,9 +86,21 @@ def refuse_unless(condition: bool, reason: Reason, detail: str) -> None:
         raise Refused(reason, detail)
 
 
+# These make a tensor of the same shape and do not look at what is in theirs.
+_READ_THE_SHAPE = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.sym_size.int,
+}
+
+
 def sole_user(node: Node, allowed: Sequence[Node] = ()) -> None:
     """Refuses a node whose value is needed outside of the pattern."""
-    others = [u for u in node.users if u not in allowed]
+    others = [u for u in node.users if u not in allowed and u.target not in _READ_THE_SHAPE]
     if len(others) > (0 if allowed else 1):
         names = ", ".join(u.name for u in list(node.users)[:4])
         raise Refused(Reason.USERS, f"{node.name} is also used by {names}")
