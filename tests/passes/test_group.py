@@ -77,7 +77,7 @@ def test_an_index_is_read_only_where_it_means_the_same(
 ) -> None:
     args = (q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
     captured = trace(two_layers(WHOLE, other, back), *args)
-    plan = decide(captured, lambda owners: Shares((0,) * len(owners))).plan
+    plan = decide(captured, lambda owners, _: Shares((0,) * len(owners))).plan
     assert [site.action for site in plan.sites] == ["sparse", "sparse"]
     if not why:
         assert (plan.schedule, plan.shares) == ("FS", (1,))
@@ -95,7 +95,7 @@ def test_other_keys_are_another_index(trace: Trace) -> None:
         return sdpa(x, y, y, attn_mask=one), sdpa(x, y[:, :, :-2], y[:, :, :-2], attn_mask=two)
 
     captured = trace(fn, q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
-    plan = decide(captured, lambda owners: Shares((0,) * len(owners))).plan
+    plan = decide(captured, lambda owners, _: Shares((0,) * len(owners))).plan
     assert plan.schedule == "FF"
     assert "keeps its own index: it has other keys" in plan.sites[1].reason
 
