@@ -101,6 +101,7 @@ def _entry(site: AttentionSite, refused: str) -> SitePlan:
         mask=describe_mask(site.mask),
         score=site.indexer.score.text if site.indexer else "",
         topk=site.indexer.topk if site.indexer else 0,
+        takes_all=site.takes_all,
     )
 
 

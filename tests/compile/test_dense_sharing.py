@@ -218,8 +218,10 @@ def test_schedules_that_do_not_fit_are_errors(options: dict[str, Any], message: 
         clsa_compile.inspect(llama(), input_ids=ids, use_cache=False, options={**TOPK, **options})
 
 
-def test_models_that_select_by_themselves_keep_their_number() -> None:
-    ids = torch.ones(1, 16, dtype=torch.long)
+@pytest.mark.parametrize("length", [16, 8])
+def test_models_that_select_by_themselves_keep_their_number(length: int) -> None:
+    """Also where they have no more tokens than they select, and attend to all of them."""
+    ids = torch.ones(1, length, dtype=torch.long)
     with pytest.raises((OptionError, BackendCompilerFailed), match="this model selects tokens by itself"):
         clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options=TOPK)
 

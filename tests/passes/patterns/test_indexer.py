@@ -190,7 +190,9 @@ def test_a_selection_of_everything_is_plain_attention(t: int, rewritten: Rewritt
     outcome = run(rewritten, Model(), Sizes(1, t))
     torch.testing.assert_close(outcome.actual[1], outcome.expected[1])
     assert outcome.site.indexer is None
-    assert outcome.decision.plan.sites[0].action == "attention"
+    assert outcome.site.takes_all
+    (entry,) = outcome.decision.plan.sites
+    assert (entry.kind, entry.action, entry.takes_all) == ("topk", "attention", True)
 
 
 @pytest.mark.parametrize("low", [-math.inf, LOWEST])
