@@ -29,6 +29,14 @@ aten = torch.ops.aten
 # The summed dimension of a product, and the width of a value row.
 C_ = SUM
 E_ = sympy.Symbol("e", integer=True, nonnegative=True)
+# What reads a tensor's size, dtype and device and nothing else: it needs no value.
+READS_NO_VALUE = frozenset(
+    (
+        aten.sym_size.int,
+        *(getattr(aten, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
+        *(getattr(aten, f"new_{name}").default for name in ("zeros", "ones", "full", "empty")),
+    )
+)
 # Of a selection that is as long as the keys are many.
 TAKES_ALL = "every key is selected: the same as dense"
 
@@ -88,11 +96,16 @@ def refuse_unless(condition: bool, reason: Reason, detail: str) -> None:
         raise Refused(reason, detail)
 
 
+def readers(node: Node) -> list[Node]:
+    """Returns the users of a node that need its value."""
+    return [user for user in node.users if user.target not in READS_NO_VALUE]
+
+
 def sole_user(node: Node, allowed: Sequence[Node] = ()) -> None:
     """Refuses a node whose value is needed outside of the pattern."""
-    others = [u for u in node.users if u not in allowed]
+    others = [u for u in readers(node) if u not in allowed]
     if len(others) > (0 if allowed else 1):
-        names = ", ".join(u.name for u in list(node.users)[:4])
+        names = ", ".join(u.name for u in readers(node)[:4])
         raise Refused(Reason.USERS, f"{node.name} is also used by {names}")
 
 
@@ -386,5 +399,5 @@ __all__ = [
     "B_", "C_", "E_", "H_", "KV_", "Q_",
     "Candidate", "Context", "Part", "Pattern",
     "argument", "build_site", "constant", "dim", "is_cast", "number", "plain_operand",
-    "refuse_unless", "role_index", "roles_of", "score_sizes", "sole_user",
+    "readers", "refuse_unless", "role_index", "roles_of", "score_sizes", "sole_user",
 ]  # fmt: skip
