@@ -164,14 +164,6 @@ def test_window_layers_are_not_counted(passes: Any) -> None:
         assert [site.action for site in plan.sites] == ["attention", "attention", "attention", "sparse"]
 
 
-def test_layers_that_share_keys_share_tokens(passes: Any) -> None:
-    """gemma3n: the last layers read the keys and values of an earlier one."""
-    passes.options = Options.read({**TOPK, "share": 2, "prefill": "sparse"})
-    model = tiny("gemma3n_text")
-    run(torch.compile(model, backend=passes), model.config, "static")
-    assert all(plan.schedule == "F" * len(plan.schedule) or plan.pools for plan in passes.plans)
-
-
 def test_the_option_works_through_torch_compile() -> None:
     model = llama()
     ids = torch.randint(1, 60, (1, PROMPT))
