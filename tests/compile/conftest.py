@@ -63,6 +63,12 @@ def passes() -> Passes:
     return Passes()
 
 
+@pytest.fixture(scope="session")
+def make_passes() -> type[Passes]:
+    """For fixtures that outlive a test."""
+    return Passes
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Forgets compiled code, counters and warnings, so that tests do not see each other."""
