@@ -84,7 +84,11 @@ def evaluation(scripture: Path | None) -> list[Slice]:
     return [
         Slice("isaiah", "scripture", lambda: _book("Isaiah", 40, scripture)),
         Slice("acts", "scripture", lambda: _book("Acts", 7, scripture)),
-        Slice("specialnames", "prose", lambda: _topics("specialnames", "typesseq", "string-methods", start=30000)),
+        Slice(
+            "specialnames",
+            "prose",
+            lambda: _topics("specialnames", "typesseq", "string-methods", start=30000),
+        ),
         Slice("docstrings 2", "prose", lambda: _docstrings(*modules)),
         Slice("tarfile", "code", lambda: _code("tarfile.py", 30000)),
         Slice("ast", "code", lambda: _code("ast.py", 25000)),
