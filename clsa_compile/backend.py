@@ -256,9 +256,14 @@ def _report(plan: Plan, options: Options) -> None:
     if options.topk is not None and not plan.schedule:
         nothing = f"none of the {len(plan.sites)} attentions is dense over all tokens"
         _complain("topk", f"topk={options.topk} changes nothing: {nothing}", options)
-    elif options.share != "off" and plan.sites and not plan.schedule:
-        nothing = f"none of the {len(plan.sites)} attentions has an indexer with more keys than it selects"
+    elif options.share != "off" and plan.sites and not plan.schedule and not _takes_all(plan):
+        nothing = f"none of the {len(plan.sites)} attentions has an indexer that is understood"
         _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
+
+
+def _takes_all(plan: Plan) -> bool:
+    """Tells whether a model selects tokens and this graph has no more than it selects: dense and exact."""
+    return any(entry.takes_all for entry in plan.sites)
 
 
 def _count(plan: Plan) -> None:

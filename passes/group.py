@@ -9,14 +9,15 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from clsa_compile.ir.masks import print_predicate
+from clsa_compile.ir.masks import B_, H_, KV_, print_predicate
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.ir.routing import Pool, Request, Shares, Sharing, offered, role
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
-from clsa_compile.passes.indexing import same, shape
+from clsa_compile.passes.indexing import chain, same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
+from clsa_compile.passes.patterns.pattern import C_
 from clsa_compile.passes.route import layer, routed, shareable
 
 
@@ -128,6 +129,7 @@ def _entry(site: AttentionSite, refused: str) -> SitePlan:
         mask=describe_mask(site.mask),
         score=site.indexer.score.text if site.indexer else "",
         topk=site.indexer.topk if site.indexer else 0,
+        takes_all=site.takes_all,
     )
 
 
@@ -182,8 +184,23 @@ def _mass_group(pool: Pool) -> Group:
     return Group("mass", pool.anchor, pool.members, pool.topk)
 
 
+def _memory(operand: Operand) -> tuple[object, ...]:
+    """Returns the tensor that an operand is a view of, where its elements lie in it, and its sizes.
+
+    Layers that read the same keys may each make views of their own.
+    """
+    own = shape(operand.root)
+    index: list[Any] = [sympy.S.Zero] * len(own)
+    sizes = {}
+    for symbol, axis in zip((B_, H_, KV_, C_), operand.dims, strict=True):
+        if axis is not None and own[axis] != 1:
+            index[axis], sizes[symbol] = symbol, own[axis]
+    deepest = [view for view in chain(operand.root, tuple(index), sizes) if not view.copies][-1]
+    return deepest.root, deepest.index, frozenset(sizes.items())
+
+
 def _kv_groups(sites: Iterable[AttentionSite]) -> list[Group]:
     members: dict[object, list[AttentionSite]] = {}
     for site in sites:
-        members.setdefault((site.k.root, site.v.root), []).append(site)
+        members.setdefault((_memory(site.k), _memory(site.v)), []).append(site)
     return [Group("kv", g[0].ordinal, tuple(s.ordinal for s in g)) for g in members.values() if len(g) > 1]

@@ -64,7 +64,10 @@ class Operands:
         if self.softcap:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if self.mask is not None and self.mask.dtype != torch.bool:
-            scores = scores + _rows_of(self.mask, rows, end).float()
+            bias = _rows_of(self.mask, rows, end)
+            # What a caller writes instead of -inf means the same.
+            forbidden = bias <= torch.finfo(bias.dtype).min
+            scores = (scores + bias.float()).masked_fill(forbidden, -math.inf)
         allowed = self.allowed(rows, end)
         return scores if allowed is None else scores.masked_fill_(~allowed, -math.inf)
 

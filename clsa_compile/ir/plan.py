@@ -19,6 +19,7 @@ class SitePlan:
 
     `ordinal` counts attentions in execution order, `layer` is the number in the module path. `action` is
     "sparse" (over selected tokens), "attention" (dense, each key read once) or "left", with a `reason`.
+    `takes_all`: the model selects tokens here, and as many as there are keys.
     """
 
     ordinal: int
@@ -35,6 +36,7 @@ class SitePlan:
     mask: str = ""
     score: str = ""
     topk: int = 0
+    takes_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)

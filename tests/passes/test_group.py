@@ -127,6 +127,28 @@ def test_layers_that_read_the_same_keys_and_values_are_one_group(trace: Trace) -
     assert plan.groups == (Group("kv", 0, (0, 2, 4)),)
 
 
+def test_views_of_the_same_keys_and_values_are_one_group(trace: Trace) -> None:
+    """Layers may each take the heads apart for themselves; other heads, tokens or widths are others."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (H, D)).transpose(1, 2)
+
+    def fn(x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        swapped = k.unflatten(-1, (D, H)).permute(0, 3, 1, 2)
+        return (
+            sdpa(x, heads(k), heads(v)),
+            sdpa(x, k.view(B, T, H, D).permute(0, 2, 1, 3), heads(v)),
+            sdpa(x, swapped, heads(v)),
+            sdpa(x, heads(k)[:, :, :6], heads(v)[:, :, :6]),
+            sdpa(x, heads(k + 0), heads(v)),
+            sdpa(x, heads(k), heads(v)),
+        )
+
+    plan = plan_of(trace, fn, q(), *(q(seed).transpose(1, 2).flatten(-2) for seed in (1, 2)))
+    assert not [site.reason for site in plan.sites if site.reason]
+    assert plan.groups == (Group("kv", 0, (0, 1, 5)),)
+
+
 def test_rejects_are_entries_too(trace: Trace) -> None:
     def fn(x: Tensor) -> tuple[Tensor, ...]:
         return sdpa(x, x, x), sdpa(x, x, x, dropout_p=0.5), sdpa(x, x, x, is_causal=True)
