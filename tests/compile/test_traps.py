@@ -329,8 +329,10 @@ def steps(model: Any, seed: int, grows: bool) -> Iterator[Tensor]:
     for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, S))]:
         # A copy: rows of a mask are no contiguous tensor, and strides are guarded.
         rows = mask[:, start:end, : end if grows else LENGTH].clone()
+        # Not around the yield: two of these take turns, and each would restore what the other has set.
         with torch.no_grad():
-            yield model(x[:, start:end].clone(), rows, torch.arange(start, end), past, grows)
+            found = model(x[:, start:end].clone(), rows, torch.arange(start, end), past, grows)
+        yield found
 
 
 @dataclass(frozen=True)
