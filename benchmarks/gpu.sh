@@ -13,30 +13,36 @@ run() { # name, command...
   "$@" 2>&1 | tee "$out/$name.log" | tail -n 40 || { echo "== $name FAILED"; status=1; }
 }
 sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that each stop at their time
-  local tool=$1 shards=${SANITIZE_SHARDS:-14} folder shard pids=() failed=0
+  # SANITIZE_TESTS: a file of tests, a line each, in place of all; SANITIZE_SECONDS, SANITIZE_SHARDS
+  local tool=$1 shards=${SANITIZE_SHARDS:-14} gpus folder shard pids=() ours
   folder=$(mktemp -d)
+  gpus=$(nvidia-smi -L | wc -l)
   # torch's allocator would hide what lies beyond a tensor. Without it no CUDA graph can be captured, as
   # autotune's clock does.
   [ "$tool" = memcheck ] && export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-  python3 -m pytest tests/kernels --ignore=tests/kernels/test_autotune.py -m "gpu and not slow" --collect-only -q \
-    -p no:cacheprovider | grep :: | sort -t: -k1,1 > "$folder/all"
+  cat "${SANITIZE_TESTS:-/dev/null}" > "$folder/all"
+  [ -s "$folder/all" ] || python3 -m pytest tests/kernels --ignore=tests/kernels/test_autotune.py \
+    -m "gpu and not slow" --collect-only -q -p no:cacheprovider | grep :: | sort -t: -k1,1 > "$folder/all"
   split -d -n "r/$shards" "$folder/all" "$folder/shard."
   for shard in "$folder"/shard.*; do
-    timeout "${SANITIZE_SECONDS:-280}" compute-sanitizer --tool "$tool" --kernel-regex-exclude kns=nvjet --error-exitcode 9 --log-file "$shard.found" \
+    CUDA_VISIBLE_DEVICES=$((${#pids[@]} % gpus)) timeout "${SANITIZE_SECONDS:-280}" \
+      compute-sanitizer --tool "$tool" --log-file "$shard.found" \
       python3 -m pytest "@$shard" -v -p no:cacheprovider > "$shard.log" 2>&1 &
     pids+=("$!:$shard")
   done
   for shard in "${pids[@]}"; do
-    wait "${shard%%:*}" || { failed=1; echo "$tool: a shard ended with $?: $(tail -n 1 "${shard#*:}.log" | cut -c1-150)"; }
+    wait "${shard%%:*}" || echo "$tool: a shard ended with $?: $(tail -n 1 "${shard#*:}.log" | cut -c1-150)"
   done
   cat "$folder"/shard.*.found > "$out/$tool.txt"
-  cat "$folder"/shard.*.log | grep -E "::.*(PASSED|FAILED|ERROR)" | sed 's/ \[.*//' | sort > "$out/$tool.tests.txt"
+  cat "$folder"/shard.*.log | grep -E "::.*(PASSED|FAILED|ERROR)" | sed -E 's/ +\[ *[0-9]+%\]$//' | sort > "$out/$tool.tests.txt"
+  # cuBLAS' and cuDNN's kernels synchronize in ways that racecheck does not follow; the tests' references call them.
+  ours=$(grep -E "Error|WARN|Invalid|hazard|ERROR SUMMARY: [1-9]" "$out/$tool.txt" | grep -vcE "nvjet|cudnn|RACECHECK SUMMARY")
   echo "$tool: $(grep -c PASSED "$out/$tool.tests.txt") of $(wc -l < "$folder/all") tests passed," \
     "$(grep -cE "FAILED|ERROR" "$out/$tool.tests.txt") failed;" \
-    "$(grep -cE "Error|WARN|hazard" "$out/$tool.txt") findings"
+    "$ours lines of findings outside cuBLAS and cuDNN"
   sort "$out/$tool.txt" | uniq -c | sort -rn | head -n 12
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
-  return $failed
+  [ "$ours" = 0 ] && [ "$(grep -c PASSED "$out/$tool.tests.txt")" = "$(wc -l < "$folder/all")" ]
 }
 for part in $parts; do
   case $part in
