@@ -107,6 +107,7 @@ def transform(gm: GraphModule, options: Options, watch: Watch | None = None) -> 
         return _transformed(gm, captured, options, watch)
     except Stopped as stage:
         counters["clsa"]["stopped"] += 1
+        watch.stopped(stage)
         _warn_once(f"stopped after {stage}", f"clsa stopped after the stage {stage} (CLSA_STOP_AFTER)")
         name_buffers(captured.module)
         return captured.module

@@ -83,17 +83,20 @@ class Watch:
         for choice in choices:
             log.debug("clsa: %s -> %s %s", choice.op, choice.variant, "; ".join(choice.passed_over))
 
-    def transformed(self, plan: Plan, stopped: str = "") -> None:
+    def stopped(self, stage: Stopped) -> None:
+        """Is told that a graph goes to Inductor as it was after a stage."""
+        log.info("clsa: stopped after %s; the graph goes to Inductor as it was then", stage)
+
+    def transformed(self, plan: Plan) -> None:
         """Is told that the passes are through with a graph."""
         log.info(
-            "clsa: %d attentions: %d sparse, %d read once, %d left; %d index nodes; %.2f s%s",
+            "clsa: %d attentions: %d sparse, %d read once, %d left; %d index nodes; %.2f s",
             len(plan.sites),
             plan.count("sparse"),
             plan.count("attention"),
             plan.count("left"),
             sum(group.kind == "index" for group in plan.groups),
             time.perf_counter() - self._since,
-            stopped,
         )
 
     def left(self, why: str, error: BaseException | None = None) -> None:
