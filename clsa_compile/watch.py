@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from clsa_compile.config import Options
+from clsa_compile.errors import OptionError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan
 from clsa_compile.passes.lower import Choice
@@ -63,23 +64,20 @@ class Watch:
         """Is told of a stage. Raises Stopped where the pipeline is to stop after it."""
         if name in _TRACED:
             _trace(f"clsa_{name}", "string", lambda: _code(captured))
-        if self.dump is not None:
-            self.dump.stage(name, captured)
+        self._dump("stage", name, captured)
         self._stop_after(name)
 
     def decision(self, captured: Captured, decision: Decision) -> None:
         """Is told what will be done. Raises Stopped where the pipeline is to stop after it."""
         _trace("clsa_plan", "json", lambda: json.dumps(decision.plan.to_dict()))
-        if self.dump is not None:
-            self.dump.decision(captured, decision)
+        self._dump("decision", captured, decision)
         _log_reasons(decision.plan)
         self._stop_after("plan")
 
     def choices(self, choices: tuple[Choice, ...]) -> None:
         """Is told what each contract op became."""
         _trace("clsa_choices", "json", lambda: json.dumps([asdict(choice) for choice in choices]))
-        if self.dump is not None:
-            self.dump.choices(choices)
+        self._dump("choices", choices)
         for choice in choices:
             log.debug("clsa: %s -> %s %s", choice.op, choice.variant, "; ".join(choice.passed_over))
 
@@ -103,13 +101,22 @@ class Watch:
         """Is told that a graph goes to Inductor as it came."""
         log.info(why)
         _trace("clsa_left", "string", lambda: why)
-        if self.dump is not None:
-            self.dump.left(why, error)
+        self._dump("left", why, error)
 
     def done(self) -> None:
         """Is told that Inductor is through."""
-        if self.dump is not None:
-            self.dump.done()
+        self._dump("done")
+
+    def _dump(self, event: str, *args: Any) -> None:
+        """Tells the dump. A graph that it cannot write compiles nevertheless; only its folder is an error."""
+        if self.dump is None:
+            return
+        try:
+            getattr(self.dump, event)(*args)
+        except OptionError:
+            raise
+        except Exception as error:
+            log.warning("clsa: the dump is not whole: %s: %s", type(error).__name__, error)
 
     def _stop_after(self, name: str) -> None:
         if self.options.stop_after == name:
@@ -126,7 +133,10 @@ def _trace(name: str, encoding: str, payload: Callable[[], str]) -> None:
 def _code(captured: Captured) -> str:
     from clsa_compile.dump.code import code_of
 
-    return code_of(captured.module)
+    try:
+        return code_of(captured.module)
+    except Exception as error:
+        return f"# this graph cannot be written: {type(error).__name__}: {error}\n"
 
 
 def _log_reasons(plan: Plan) -> None:

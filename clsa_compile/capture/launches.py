@@ -21,9 +21,14 @@ class Launch:
     options: dict[str, int]
 
     @property
+    def generated(self) -> bool:
+        """Whether the kernel is one of ours, in a file of its own; a model may call others."""
+        return self.file.stem.startswith(f"{self.kernel.__name__}_") and "clsa" in self.kernel.__module__
+
+    @property
     def name(self) -> str:
-        """The name of the kernel's generated file, which holds a hash of its text."""
-        return self.file.stem
+        """The name of the kernel's generated file, which holds a hash of its text; of others the kernel's."""
+        return self.file.stem if self.generated else str(self.kernel.__name__)
 
     @property
     def file(self) -> Path:
@@ -46,5 +51,5 @@ def launch_of(node: Node) -> Launch | None:
     if configs:  # a kernel with num_warps is an autotuner with one configuration
         options = {"num_warps": configs[0].num_warps, "num_stages": configs[0].num_stages}
         kernel = kernel.fn
-    (grid,) = node.kwargs["grid"]
-    return Launch(kernel, grid, {**given, **constants}, options)
+    grids: Any = node.kwargs["grid"]
+    return Launch(kernel, grids[0] if len(grids) == 1 else grids, {**given, **constants}, options)

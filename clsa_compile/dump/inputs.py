@@ -68,9 +68,10 @@ def _guess(dtype: torch.dtype, length: int) -> str:
 def _numbers(flat: Tensor) -> str:
     if flat.dtype == torch.bool:
         return _bits(flat)
-    if flat.is_complex():
+    try:
+        return _floats(flat) if flat.is_floating_point() else _integers(flat)
+    except (NotImplementedError, RuntimeError):  # complex numbers, packed ones: torch cannot order them
         return _guess(flat.dtype, len(flat))
-    return _floats(flat) if flat.is_floating_point() else _integers(flat)
 
 
 def _bits(flat: Tensor) -> str:

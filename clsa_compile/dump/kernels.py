@@ -19,7 +19,7 @@ _ASSUMED = (9, 0)
 
 def write_kernels(folder: Folder, captured: Captured) -> None:
     """Writes kernels/<name>_<hash>.py for each kernel, and kernels/statistics.json."""
-    launches = [launch for node in captured.graph.nodes if (launch := launch_of(node)) is not None]
+    launches = [launch for n in captured.graph.nodes if (launch := launch_of(n)) and launch.generated]
     if not launches:
         return
     for launch in {launch.name: launch for launch in launches}.values():

@@ -50,13 +50,15 @@ class Skips:
         OptionError for a name that is unlike all of them.
         """
         seen = tuple(paths)
+        if not seen:
+            return ()  # a graph without attention says nothing about names
         numberless = [_NUMBER.sub("0", path) for path in seen]
         missing = []
         for name in self.names:
             if name in PASSES or name in others or any(_is_part(name, path) for path in seen):
                 continue
             alike = name.isdigit() or any(_is_part(_NUMBER.sub("0", name), path) for path in numberless)
-            if not alike and seen:
+            if not alike:
                 raise OptionError(_no_such(name, [*PASSES, *others], seen))
             missing.append(name)
         return tuple(missing)

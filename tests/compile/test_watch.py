@@ -214,6 +214,23 @@ def test_without_a_listener_nothing_is_made(
     assert len(lowered) == 1
 
 
+def test_a_graph_that_cannot_be_written_compiles_nevertheless(
+    lowered: list[GraphModule],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any) -> str:
+        raise KeyError("unheard of")
+
+    monkeypatch.setattr("clsa_compile.dump.code_of", broken)
+    monkeypatch.setattr("clsa_compile.dump.code.code_of", broken)
+    compile_one(dump=str(tmp_path))
+    assert len(lowered) == 1
+    assert "the dump is not whole: KeyError: 'unheard of'" in caplog.text
+    assert (tmp_path / "graph_000" / "04_plan.json").exists()
+
+
 def test_what_is_left_whole_is_logged(lowered: list[GraphModule], caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.INFO, "clsa_compile"),

@@ -81,6 +81,13 @@ def test_what_is_no_plain_tensor_is_made_from_its_metadata() -> None:
     assert recipe(meta, meta) == "tensor(full(6, 0), (2, 3), torch.int64, device='meta')"
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint32, torch.int8, torch.float8_e4m3fn])
+def test_every_dtype_has_a_recipe(dtype: torch.dtype) -> None:
+    value = torch.arange(1, 9).to(dtype).reshape(2, 4)
+    again = made(value)
+    assert (again.shape, again.dtype) == (value.shape, value.dtype)
+
+
 def test_options_are_those_of_the_compile(tmp_path: Any) -> None:
     graph = torch.fx.Graph()
     graph.output(())
