@@ -174,8 +174,10 @@ def requested(options: Options) -> Request | None:
 
 def sharing(options: Options) -> Sharing | None:
     """Returns which layer reads which one's index, as a function of what the model does."""
-    if options.share == "off" or isinstance(options.share, SharingPlan):
+    if options.share == "off":
         return None
+    if isinstance(options.share, SharingPlan):
+        return partial(planned.shares, options.share) if options.share.kind == "index" else None
     return partial(shares, options.share, options.pool)
 
 
@@ -280,13 +282,18 @@ def _report(plan: Plan, options: Options) -> None:
     if options.topk is not None and not plan.schedule:
         nothing = f"none of the {len(plan.sites)} attentions is dense over all tokens"
         _complain("topk", f"topk={options.topk} changes nothing: {nothing}", options)
-    elif options.share != "off" and plan.sites and not plan.schedule:
-        nothing = f"none of the {len(plan.sites)} attentions has an indexer with more keys than it selects"
+    elif options.share != "off" and plan.sites and not plan.schedule and not _takes_all(plan):
+        nothing = f"none of the {len(plan.sites)} attentions has an indexer that is understood"
         _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
 
 
 def _is_skipped(site: SitePlan) -> bool:
     return site.reason.startswith(f"{Reason.SKIPPED}:")
+
+
+def _takes_all(plan: Plan) -> bool:
+    """Tells whether a model selects tokens and this graph has no more than it selects: dense and exact."""
+    return any(entry.takes_all for entry in plan.sites)
 
 
 def _count(plan: Plan) -> None:

@@ -40,8 +40,10 @@ def add_search(commands: Any) -> None:
     parser = commands.add_parser("search", help="find which layers of a dense model may share tokens")
     _add_model(parser)
     _add_text(parser)
-    parser.add_argument("--topk", type=int, required=True, help="tokens that layers attend to, 1 to 4096")
-    parser.add_argument("--anchors", type=int, help="layers that attend to all tokens and choose")
+    parser.add_argument("--topk", type=int, help="tokens that layers of a dense model attend to, 1 to 4096")
+    parser.add_argument(
+        "--anchors", type=int, help="layers that choose; in a dense model they attend to all tokens"
+    )
     parser.add_argument("--budget", type=float, help="increase of perplexity to stay within; 0.01 is 1%%")
     parser.add_argument("--scope", default="layer", help="'layer' (default) or 'kv_head'")
     parser.add_argument("--keep-first", type=int, default=4, help="first tokens that are always selected")

@@ -185,6 +185,8 @@ def _take_plan(given: dict[str, Any]) -> None:
     for key in _PLANNED:
         if key in given:
             raise OptionError(f"the option {key!r} comes from the plan in 'share'; leave it out")
+    if share.kind == "index":
+        return  # the model's own number of tokens stands
     if given.get("topk", share.topk) != share.topk:
         raise OptionError(
             f"topk={given['topk']!r} and the plan's {share.topk} contradict each other; leave 'topk' out, "

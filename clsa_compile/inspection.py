@@ -286,4 +286,5 @@ def _describe(group: Group, plan: Plan) -> str:
         among = f", selected from the {group.pool} best tokens of layer {layers[group.among]}"
     if len(group.members) == 1:
         return f"layer {members} has an index of its own{among}"
-    return f"layers {members} share the index of layer {layers[group.anchor]}{among}"
+    equal = f": {group.repeats + 1} indexers compute the same, one runs" if group.repeats else ""
+    return f"layers {members} share the index of layer {layers[group.anchor]}{equal}{among}"

@@ -317,6 +317,10 @@ def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
         weight = meta(sets, 24, dtype=torch.float32)
         yield "attention_mass", f"Llama B={b}, {sets} sets", [q, k, v, weight, *rest, power]
     q, k, v, *_ = _attention(1, 24, 8, 1, t, 128, 128, torch.bfloat16)
+    length, predicate = meta(1, dtype=torch.int64), "kv <= in0(q)"
+    for b in (1, 4):
+        some = _sparse(2048, b, 24, 8, 1, t, 128, 128, torch.bfloat16, bounds=bounds[:b], inputs=[length])
+        yield "sparse_attention", f"Llama B={b}, few tokens whole", [*some[:-1], predicate, None, 4096]
     weight, pool = meta(1, 24, dtype=torch.float32), meta(1, 1, 1, 4096, dtype=i32)
     alone: list[Any] = [None, None, [], None, 0.1, 0.0, "", 1.0]
     yield "attention_mass", "Llama, a pool of 4096", [q, k, v, weight, *alone, pool]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ def written(node: Node) -> list[Node]:
         value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         found.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, Node))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A write that stores again what the write `first` has stored in the same place."""
+
+    write: Node
+    first: Node
 
 
 class Order:

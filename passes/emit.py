@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import Operand
@@ -30,7 +32,7 @@ class Emitter:
         """Adds a call and computes its fake value."""
         node = self._captured.graph.call_function(target, args, kwargs)
         values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, (args, kwargs))
-        with self._captured.fake_mode:
+        with self._captured.fake_mode, _dispatcher(values):
             node.meta.update(self._meta, val=target(*values[0], **values[1]))
         return node
 
@@ -62,6 +64,16 @@ class Emitter:
         node = self.call(aten.permute.default, node, order)
         node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return self.call(aten.permute.default, node, inverse)
+
+
+def _dispatcher(values: Any) -> AbstractContextManager[Any]:
+    """Returns what has ops made of others take them apart in Python where sizes are symbols.
+
+    In C++ some of them ask for sizes as numbers: `linear` does, in torch 2.11.
+    """
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    symbolic = any(isinstance(size, torch.SymInt) for leaf in tensors for size in leaf.shape)
+    return enable_python_dispatcher() if symbolic else nullcontext()
 
 
 def _stride_order(value: torch.Tensor) -> list[int]:

@@ -9,25 +9,32 @@ from typing import Any
 import sympy
 from torch.fx import Node
 
-from clsa_compile.ir.masks import print_predicate
+from clsa_compile.ir.masks import B_, H_, KV_, print_predicate
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.ir.routing import Pool, Request, Shares, Sharing, offered, role
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Operand, Reject, Sites
-from clsa_compile.passes.indexing import same, shape
+from clsa_compile.passes.indexing import chain, same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
-from clsa_compile.passes.route import routed, shareable
+from clsa_compile.passes.patterns.pattern import C_
+from clsa_compile.passes.route import layer, routed, shareable
 
 
-def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None = None) -> Plan:
+def plan(
+    sites: Sites,
+    sharing: Sharing | None = None,
+    request: Request | None = None,
+    repeats: Mapping[Node, int] | None = None,
+) -> Plan:
     """Returns the decisions for one graph, in execution order. Nothing is changed yet.
 
-    `sharing` is for layers with indexers, `request` for dense ones.
+    `sharing` is for layers with indexers, `request` for dense ones. `repeats` says how many equal nodes were
+    merged into a node.
     """
     able = [site for site in sites.attention if site.indexer is not None]
-    owners = _owners(able)
-    shares = Shares(tuple(owners)) if sharing is None else sharing(owners)
+    owners = index_owners(able)
+    shares = Shares(tuple(owners)) if sharing is None else sharing(owners, [layer(site) for site in able])
     wanted = shares.anchors
     refused = {
         able[i].ordinal: why
@@ -56,14 +63,18 @@ def plan(sites: Sites, sharing: Sharing | None = None, request: Request | None =
         schedule = "".join(role(pools, s.ordinal) for s in shareable(sites.attention))
     return Plan(
         tuple(sorted(chosen, key=lambda e: e.ordinal)),
-        (*_index_groups(able, read, among), *_kv_groups(sites.attention), *map(_mass_group, pools)),
+        (
+            *_index_groups(able, read, among, repeats or {}),
+            *_kv_groups(sites.attention),
+            *map(_mass_group, pools),
+        ),
         schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
         pools=pools,
     )
 
 
-def _owners(able: Sequence[AttentionSite]) -> list[int]:
+def index_owners(able: Sequence[AttentionSite]) -> list[int]:
     """Returns for each layer the first one that reads the same selection."""
     first: dict[Node, int] = {}
     return [first.setdefault(_indexer(site).topk_node, i) for i, site in enumerate(able)]
@@ -118,6 +129,7 @@ def _entry(site: AttentionSite, refused: str) -> SitePlan:
         mask=describe_mask(site.mask),
         score=site.indexer.score.text if site.indexer else "",
         topk=site.indexer.topk if site.indexer else 0,
+        takes_all=site.takes_all,
     )
 
 
@@ -145,19 +157,24 @@ def describe_mask(mask: MaskSpec) -> str:
 
 
 def _index_groups(
-    able: Sequence[AttentionSite], read: Sequence[int], among: Mapping[int, tuple[int, int]]
+    able: Sequence[AttentionSite],
+    read: Sequence[int],
+    among: Mapping[int, tuple[int, int]],
+    repeats: Mapping[Node, int],
 ) -> list[Group]:
     members: dict[int, list[int]] = {}
     for site, anchor in zip(able, read, strict=True):
         members.setdefault(anchor, []).append(site.ordinal)
     return [
         Group(
-            "index",
-            able[i].ordinal,
-            tuple(m),
-            _indexer(able[i]).topk,
-            _indexer(able[i]).score.text,
-            *among.get(i, ()),
+            kind="index",
+            anchor=able[i].ordinal,
+            members=tuple(m),
+            topk=_indexer(able[i]).topk,
+            score=_indexer(able[i]).score.text,
+            among=among[i][0] if i in among else None,
+            pool=among[i][1] if i in among else 0,
+            repeats=repeats.get(_indexer(able[i]).topk_node, 0),
         )
         for i, m in members.items()
     ]
@@ -167,8 +184,23 @@ def _mass_group(pool: Pool) -> Group:
     return Group("mass", pool.anchor, pool.members, pool.topk)
 
 
+def _memory(operand: Operand) -> tuple[object, ...]:
+    """Returns the tensor that an operand is a view of, where its elements lie in it, and its sizes.
+
+    Layers that read the same keys may each make views of their own.
+    """
+    own = shape(operand.root)
+    index: list[Any] = [sympy.S.Zero] * len(own)
+    sizes = {}
+    for symbol, axis in zip((B_, H_, KV_, C_), operand.dims, strict=True):
+        if axis is not None and own[axis] != 1:
+            index[axis], sizes[symbol] = symbol, own[axis]
+    deepest = [view for view in chain(operand.root, tuple(index), sizes) if not view.copies][-1]
+    return deepest.root, deepest.index, frozenset(sizes.items())
+
+
 def _kv_groups(sites: Iterable[AttentionSite]) -> list[Group]:
     members: dict[object, list[AttentionSite]] = {}
     for site in sites:
-        members.setdefault((site.k.root, site.v.root), []).append(site)
+        members.setdefault((_memory(site.k), _memory(site.v)), []).append(site)
     return [Group("kv", g[0].ordinal, tuple(s.ordinal for s in g)) for g in members.values() if len(g) > 1]

@@ -1,4 +1,7 @@
-"""The pipeline, in order: canonicalize, match, plan, rewrite, keep tables, lower; verified between passes."""
+"""The pipeline, in order: canonicalize, number, match, plan, rewrite, stop early, keep tables, lower.
+
+What a graph must satisfy is verified between passes.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.skips import Skips
 from clsa_compile.ir.variants import Support, Variant
 from clsa_compile.passes.canonicalize import canonicalize
+from clsa_compile.passes.early import stop_early
 from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import NO_SKIPS, match
+from clsa_compile.passes.number import Merged, merge
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.savings import savings
@@ -63,12 +68,16 @@ def decide(
     if "canonicalize" not in skips:
         with _named("canonicalize"):
             canonicalize(captured)
+    merged = Merged()
+    if "number" not in skips:
+        with _named("number"):
+            merged = merge(captured)
     observe("canonical", captured)
     with _named("match"):
         sites = match(captured, FAMILIES, skips)
     observe("matched", captured)
     with _named("plan"):
-        decided = plan(sites, sharing, request)
+        decided = plan(sites, sharing, request, merged.repeats)
         writes = reclaimable(captured, sites, decided) if reclaims and "reclaim" not in skips else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         saved = savings(captured, sites, decided, every)
@@ -105,6 +114,8 @@ def carry_out(
         rewrite(captured, decision.sites, decision.plan)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
+        if "early" not in skips:
+            stop_early(captured)
         if "tables" not in skips:
             keep_tables(captured)
         verify(captured, "rewrite", kept)

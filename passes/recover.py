@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -39,6 +39,9 @@ aten = torch.ops.aten
 # More loads or a longer condition than this is cheaper as a tensor.
 MAX_INPUTS = 6
 MAX_TERMS = 48
+
+# Holds everywhere: stands in a condition for a selection that takes every token.
+_EVERY_TOKEN = sympy.Symbol("every_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,14 @@ class Forbids:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A mask in terms of b, h, q, kv. `selection` is the top-k that the mask ANDs in, if any."""
+    """A mask in terms of b, h, q, kv. `selection` is the top-k that the mask ANDs in, if any.
+
+    takes_all: there is a top-k, and it takes every token, so that the mask does not depend on it.
+    """
 
     spec: MaskSpec
     selection: Selection | None
+    takes_all: bool = False
 
 
 def is_lowest(value: float) -> bool:
@@ -239,7 +246,7 @@ class Reader:
         if not same(shape(scores)[-1], wide[-1]):
             return None
         if same(narrow[-1], wide[-1]):
-            hit = sympy.true  # every token is selected
+            hit = _EVERY_TOKEN
         alone = self.order.writes(base) == [node]  # in place, into a mask that nothing else writes
         before = self._read(base) if alone else self.read(base)
         if isinstance(before, Condition) and before.expr in (sympy.true, sympy.false):
@@ -296,7 +303,9 @@ class Reader:
                 biases.extend(element.biases)
             elif not (isinstance(element, Constant) and element.value == 0):
                 return None
-        return self._finish(sympy.And(*allowed), biases, sizes)
+        condition = sympy.And(*allowed)
+        found = self._finish(condition.xreplace({_EVERY_TOKEN: sympy.true}), biases, sizes)
+        return None if found is None else replace(found, takes_all=condition.has(_EVERY_TOKEN))
 
     def _finish(self, allowed: Any, biases: list[Any], sizes: dict[Any, Any]) -> Recovered | None:
         selection, tensor, kept, forbids = None, None, [], False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -52,21 +53,33 @@ _EFFECTS = (
 
 def is_pure(node: Node) -> bool:
     """Tells whether a node may be dropped when nothing uses it. What is unknown may not."""
-    if node.op == "get_attr":
-        return True
     if node.op != "call_function":
+        return node.op == "get_attr"
+    return is_pure_target(node.target) or is_idle_dropout(node)
+
+
+def is_idle_dropout(node: Node) -> bool:
+    """Tells whether a node is a dropout that drops nothing, as in a model that is not trained."""
+    if node.target is not torch.ops.aten.dropout.default:
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target in _PURE_BUILTINS
-    if node.target._schema.is_mutable or not node.target._schema.returns:
+    arguments: tuple[Any, ...] = (*node.args, *node.kwargs.values())
+    return bool(arguments[1] == 0 or arguments[2] is False)
+
+
+@functools.cache  # a deep model asks for the same few hundred ops
+def is_pure_target(target: Any) -> bool:
+    """Tells whether a call of a function may be dropped when nothing uses its result."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return target in _PURE_BUILTINS
+    if target._schema.is_mutable or not target._schema.returns:
         return False
-    name = node.target._schema.name
+    name = target._schema.name
     if name.startswith("clsa::"):
         return True
     if not name.startswith("aten::") or any(effect in name for effect in _EFFECTS):
         return False
     # Dropping a random op would change the numbers that later ones draw.
-    return torch.Tag.nondeterministic_seeded not in node.target.tags
+    return torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def drop_dead(graph: Graph) -> int:

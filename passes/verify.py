@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.fx import Graph, Node
 
 from clsa_compile.errors import VerifyError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
-from clsa_compile.passes.analyze import written
+from clsa_compile.passes.analyze import Order, Repeated, storages, written
 
 
 def mutations(graph: Graph) -> list[Node]:
@@ -35,9 +37,35 @@ def verify(captured: Captured, after: str, kept: list[Node]) -> None:
             raise VerifyError(f"after {after}: {node.name} has no value")
         if after == "lower" and node.op == "call_function" and contract_op(node.target):
             raise VerifyError(f"after {after}: the contract op {node.name} is left")
-    present = [n for n in captured.graph.nodes if n in set(kept)]
+    wanted = set(kept)
+    present = [n for n in captured.graph.nodes if n in wanted]
     if present != kept:
-        lost = [n.name for n in kept if n not in set(present)]
+        found = set(present)
+        lost = [n.name for n in kept if n not in found]
         raise VerifyError(
             f"after {after}: mutations were lost or moved: {', '.join(lost) or 'order changed'}"
         )
+
+
+def verify_repeated(order: Order, pairs: Sequence[Repeated]) -> None:
+    """Checks that writes may go because each repeats an earlier one. Raises VerifyError naming the write.
+
+    1. Both are the same op and write the same storage. 2. From the first of them on nothing else writes that
+    storage until the other stands. 3. Nor does anything write what the op reads, the two included. Writes
+    that repeat others change nothing, so they do not count in between.
+    """
+    ignored = {pair.write for pair in pairs}
+    for pair in pairs:
+        write, first = pair.write, pair.first
+        (buffer,), (before,) = written(write), written(first)
+        own = list(storages(buffer.meta.get("val")))
+        if write.target != first.target or not own or own != list(storages(before.meta.get("val"))):
+            raise VerifyError(f"{write.name} does not write what {first.name} writes")
+        low, high = order.position(first), order.position(write)
+        for node in write.all_input_nodes:
+            between = [w for w in order.writes(node) if low <= order.position(w) < high and w not in ignored]
+            allowed = [first] if node is buffer else []
+            if between != allowed:
+                raise VerifyError(
+                    f"{write.name} is not what {first.name} wrote: {node.name} was written between"
+                )

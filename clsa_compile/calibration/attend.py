@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
+from clsa_compile.ir.ops import index_scores_reference
+from clsa_compile.ir.scores import Score
 
-__all__ = ["Masks", "Operands", "all_below", "best", "dense", "massed", "sparse"]
+__all__ = ["Masks", "Operands", "all_below", "best", "dense", "indexed", "massed", "sparse"]
 
 # Elements of the scores of one block of rows, over all heads.
 BLOCK = 1 << 23
@@ -62,7 +64,10 @@ class Operands:
         if self.softcap:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if self.mask is not None and self.mask.dtype != torch.bool:
-            scores = scores + _rows_of(self.mask, rows, end).float()
+            bias = _rows_of(self.mask, rows, end)
+            # What a caller writes instead of -inf means the same.
+            forbidden = bias <= torch.finfo(bias.dtype).min
+            scores = (scores + bias.float()).masked_fill(forbidden, -math.inf)
         allowed = self.allowed(rows, end)
         return scores if allowed is None else scores.masked_fill_(~allowed, -math.inf)
 
@@ -213,6 +218,25 @@ def ends(readable: Tensor, keep_first: int, keep_last: int) -> Tensor:
     start = torch.where(readable, positions, keys).amin(-1, keepdim=True)
     end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
     return readable & ((positions < start + keep_first) | (positions >= end - keep_last))
+
+
+def indexed(call: Operands, weight: Tensor | None, lse: Tensor | None, score: Score, topk: int) -> Tensor:
+    """Returns the boolean mask [B, 1, S, T] of the tokens that `clsa::index_topk` names; k is q's keys."""
+    b, _, s, _ = call.q.shape
+    chosen = torch.zeros((b, 1, s, call.k.shape[2]), dtype=torch.bool, device=call.q.device)
+    for rows, end in call.blocks():
+        weights, sums = (None if x is None else x[:, :, rows] for x in (weight, lse))
+        q, k = call.q[:, :, rows], call.k[:, :, :end]
+        scores = index_scores_reference(q, k, weights, sums, None, [], call.scale, score, "", False)
+        if call.mask is not None and call.mask.dtype != torch.bool:
+            bias = _rows_of(call.mask, rows, end)
+            # What a caller writes instead of -inf means the same: never selected.
+            scores = (scores + bias).masked_fill(bias <= torch.finfo(bias.dtype).min, -math.inf)
+        allowed = call.allowed(rows, end)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -math.inf)
+        chosen[:, :, rows, :end] = best(scores, topk, 0, 0)
+    return chosen
 
 
 def sparse(call: Operands, chosen: Tensor) -> Tensor:

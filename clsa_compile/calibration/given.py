@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clsa_compile.backend import requested
+from clsa_compile.backend import requested, sharing
 from clsa_compile.calibration.fingerprint import check, of_model
-from clsa_compile.calibration.graphs import Forward, fitting
+from clsa_compile.calibration.graphs import Change, Forward, fitting
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Request
+from clsa_compile.ir.routing import Pool, Request
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["MARGIN", "Model", "Planned", "asked", "sequences", "too_short"]
+__all__ = ["MARGIN", "Asked", "Model", "Planned", "asked", "sequences", "too_short"]
 
 # A sequence must have this many tokens more than are selected: with fewer, nothing is left out.
 MARGIN = 16
@@ -37,7 +37,7 @@ class Model:
         self.device = _first(model).device
         self._forwards: dict[int, Forward] = {}
         forward = self.forward(first)
-        self.layers = forward.layers
+        self.layers, self.topk, self.owners = forward.layers, forward.topk, forward.owners
         self.fingerprint = of_model(model, forward.attentions)
         # What results depend on besides the tokens: another dtype or device rounds in another way.
         self.key = [asdict(self.fingerprint), str(_first(model).dtype), self.device.type]
@@ -49,22 +49,63 @@ class Model:
             self._forwards[length] = fitting(self.model, ids.to(self.device))
         return self._forwards[length]
 
-    def check(self, options: Options) -> None:
-        """Raises PlanError where the options hold a plan for another model."""
-        if isinstance(options.share, SharingPlan):
-            check(options.share, self.fingerprint)
+    def check(self, asked: Asked) -> None:
+        """Raises PlanError for another model's plan, and OptionError for what this one cannot be asked."""
+        plan = asked.options.share
+        if isinstance(plan, SharingPlan):
+            check(plan, self.fingerprint)
+        if self.topk and asked.topk:
+            raise OptionError(
+                f"this model selects {self.topk} tokens by itself, with indexers that it was trained with: "
+                "leave 'topk' out; 'share' alone lets its layers share an index"
+            )
+        if not self.topk and not asked.topk:
+            raise OptionError(
+                "no layer of this model selects tokens by itself in sequences of this length: give 'topk', "
+                "or longer sequences"
+            )
+
+    def long_enough(self, given: Sequence[Tensor]) -> None:
+        """Raises OptionError where a sequence is hardly longer than what the model selects by itself."""
+        if (shortest := min(ids.shape[1] for ids in given)) < self.topk + MARGIN:
+            raise too_short(shortest, self.topk)
+
+    def pools(self, change: Change) -> tuple[Pool, ...]:
+        """Returns who attends to whose tokens after a change; weights only for dense layers."""
+        if isinstance(change, Request):
+            return change.route(self.layers)
+        members: dict[int, list[int]] = {}
+        for i, anchor in enumerate(change(self.owners, self.layers).anchors):
+            if anchor != i:
+                members.setdefault(anchor, []).append(i)
+        return tuple(Pool(anchor, self.topk, {}, tuple(m)) for anchor, m in members.items())
 
 
-def asked(plan: Planned) -> tuple[Options, int, Request]:
-    """Returns the options of what is to be measured, its topk, and its request with sparse prompts.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be measured: the options of the backend, and what they change, prompts too."""
 
-    Raises OptionError for options that cannot be, and for those that leave dense layers as they are.
+    options: Options
+    change: Change
+
+    @property
+    def topk(self) -> int:
+        """The tokens that dense layers are to attend to, 0 where the model's own number stands."""
+        return self.options.topk or 0
+
+
+def asked(plan: Planned) -> Asked:
+    """Returns what a plan, or options, ask for.
+
+    Raises OptionError for options that cannot be, and for those that leave the model as it is.
     """
     options = Options.read(plan if isinstance(plan, Mapping) else {"share": plan})
-    request = requested(options)
-    if request is None or options.topk is None:
-        raise OptionError("there is nothing to measure without 'topk', or a plan that brings it")
-    return options, options.topk, replace(request, prompts=True)
+    request, shared = requested(options), sharing(options)
+    if request is not None:
+        return Asked(options, replace(request, prompts=True))
+    if shared is None:
+        raise OptionError("there is nothing to measure without 'topk' or 'share', or a plan that brings them")
+    return Asked(options, shared)
 
 
 def sequences(batches: Any, topk: int) -> list[Tensor]:

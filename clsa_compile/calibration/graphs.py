@@ -17,12 +17,14 @@ from clsa_compile.capture.dynamo import GraphBreak, capture
 from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
-from clsa_compile.ir.routing import Layer, Request
+from clsa_compile.ir.routing import Layer, Request, Sharing
+from clsa_compile.ir.scores import parse_score
+from clsa_compile.passes.group import index_owners
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.route import layer, shareable
 
-__all__ = ["Forward", "Graph", "Tap"]
+__all__ = ["Change", "Forward", "Graph", "Tap"]
 
 aten = torch.ops.aten
 
@@ -30,6 +32,8 @@ aten = torch.ops.aten
 # the tokens it attended to where those were chosen. What it returns goes on in place of the output.
 Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
 
+# What is asked of dense layers, or of those with indexers.
+Change = Request | Sharing
 # Arguments of an `attention_mass` that may read some tokens only.
 _WITH_INDICES = 13
 # Where a `sparse_attention` says up to how many tokens it is dense, counted from its mask.
@@ -80,23 +84,34 @@ class Graph:
 
 
 class Forward:
-    """A model's forward over ids [1, T] for one T. Raises OptionError for a model that cannot share."""
+    """A model's forward over ids [1, T] for one T. Raises OptionError for a model that cannot share.
+
+    layers: those that may share. topk: tokens that the model's own indexers select, 0 for a dense model;
+    owners: then for each layer the one whose index it reads.
+    """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self._source, self._inputs, self._slot = _traced(model, ids)
         paths = {} if not isinstance(model, torch.nn.Module) else dict(model.named_modules())
         captured = capture(self._source)
         self._attentions = decide(captured).sites.attention
-        _refuse(self._attentions)
-        found = [layer(site) for site in shareable(self._attentions)]
+        able = [site for site in self._attentions if site.indexer is not None]
+        self.topk = max((site.indexer.topk for site in able if site.indexer is not None), default=0)
+        self.owners = tuple(index_owners(able))
+        if not able:
+            able = shareable(self._attentions)
+        _refuse(self._attentions, able)
+        found = [layer(site) for site in able]
         self.ordinals = tuple(entry.ordinal for entry in found)
         self.layers = tuple(_named(entry, i, paths) for i, entry in enumerate(found))
         self.attentions = len(self._attentions)
 
-    def graph(self, request: Request | None = None) -> Graph:
-        """Returns the graph rewritten for what was asked of dense layers; without a request, dense."""
+    def graph(self, change: Change | None = None) -> Graph:
+        """Returns the graph rewritten for what was asked of its layers; without a change, as the model is."""
         captured = capture(self._source)
-        decision = decide(captured, request=request)
+        request = change if isinstance(change, Request) else None
+        sharing = None if isinstance(change, Request) else change
+        decision = decide(captured, sharing, request=request)
         rewrite(captured, decision.sites, decision.plan)
         members = {m for pool in decision.plan.pools for m in pool.members}
         positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
@@ -139,6 +154,11 @@ class _Run(Interpreter):
         if len(args) > _WITH_DENSE_BELOW:
             chosen = attend.all_below(call, chosen, args[_WITH_DENSE_BELOW])
         return self._seen(call, attend.sparse(call, chosen), chosen)
+
+    def _index_topk(self, q: Tensor, k: Tensor, weight: Any, lse: Any, *args: Any) -> Tensor:
+        mask, _, inputs, topk, scale, score, predicate = args[:7]
+        call = self._masks.operands((q, k, k, mask, None, inputs, None, scale, 0.0, predicate))
+        return attend.indexed(call, weight, lse, parse_score(score), topk)
 
     def _mask_bounds(self, *_: Any) -> None:
         return None  # a hint that rows do not need
@@ -195,18 +215,13 @@ def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(getattr(model, "forward", model)).parameters
 
 
-def _refuse(attentions: Sequence[Any]) -> None:
+def _refuse(attentions: Sequence[Any], able: Sequence[Any]) -> None:
     """Guards a search against models in which there is nothing to find."""
-    if any(site.has_selection for site in attentions):
+    if len(able) < 2:
         raise OptionError(
-            "this model selects tokens by itself, with an indexer that it was trained with: 'share' alone, "
-            "a number or a schedule, lets its layers share an index; nothing is to be searched"
-        )
-    found = len(shareable(attentions)) if attentions else 0
-    if found < 2:
-        raise OptionError(
-            f"{found} of the model's {len(attentions)} attentions that clsa understands are dense over all "
-            "tokens; to share, it takes 2 at least. clsa_compile.inspect says what was found"
+            f"{len(able)} of the model's {len(attentions)} attentions that clsa understands are dense over "
+            "all tokens, or select by an indexer; to share, it takes 2 at least. clsa_compile.inspect says "
+            "what was found"
         )
 
 

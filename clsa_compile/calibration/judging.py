@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,13 @@ from torch import Tensor
 from clsa_compile.calibration.attend import Operands, best
 from clsa_compile.calibration.fingerprint import sequence_hash
 from clsa_compile.calibration.given import Model, Planned, asked, sequences
-from clsa_compile.calibration.graphs import Graph
+from clsa_compile.calibration.graphs import Change, Graph
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.quality import LayerQuality, Quality, WorstToken
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Pool, Request, role
+from clsa_compile.ir.routing import Pool, role
 
 __all__ = ["Judge", "evaluate"]
 
@@ -36,11 +37,12 @@ class Judge:
     def __init__(
         self, model: Model, given: Sequence[Tensor], options: Options, skip: int | None = None
     ) -> None:
-        assert options.topk is not None
+        model.long_enough(given)
         self._model = model
         self._ids = [ids.to(model.device) for ids in given]
         self._skips = [ids.shape[1] // 2 if skip is None else skip for ids in given]
-        self._selection = (options.topk, options.keep_first, options.keep_last)
+        own = (model.topk, 0, 0)
+        self._selection = own if model.topk else (options.topk or 0, options.keep_first, options.keep_last)
         self._dense: list[Mapping[str, Tensor]] = []
 
     @torch.no_grad()
@@ -53,18 +55,18 @@ class Judge:
 
     @torch.no_grad()
     def measure(
-        self, request: Request, identity: str, done: Callable[[], None] = lambda: None
+        self, change: Change, identity: str, done: Callable[[], None] = lambda: None
     ) -> tuple[list[dict[str, Any]], tuple[Pool, ...]]:
-        """Returns the figures of each sequence, and the pools; `identity` names the request in the folder."""
+        """Returns the figures of each sequence, and the pools; `identity` names the change in the folder."""
         self.dense()
         found = []
         graphs: dict[int, Graph] = {}
         for number in range(len(self._ids)):
             key = [self._model.key, self._key(number), identity]
-            make = partial(self._run, number, graphs, request)
+            make = partial(self._run, number, graphs, change)
             found.append(self._model.stages.data("judged", key, make))
             done()
-        return found, request.route(self._model.layers)
+        return found, self._model.pools(change)
 
     def quality(self, figures: Sequence[dict[str, Any]], pools: Sequence[Pool]) -> Quality:
         """Returns the figures of all sequences as one."""
@@ -96,7 +98,7 @@ class Judge:
             layers=layers,
             worst_token=WorstToken(number, worst["worst_at"], worst["worst_kl"], worst["worst_token"]),
             by_sequence=tuple(math.expm1((f["loss"] - f["dense"]) / f["tokens"]) for f in figures),
-            serves=self._serves(),
+            serves=self.serves(),
         )
 
     def _key(self, number: int) -> list[Any]:
@@ -112,10 +114,12 @@ class Judge:
         rows = self._rows(number)
         masses = []
 
-        def tap(_: int, call: Operands, out: Tensor, __: Tensor | None) -> Tensor:
-            scores = call.scores(rows, call.k.shape[2])[0]
-            mass = call.probabilities(rows, call.k.shape[2])[0].mean(0)
-            masses.append(torch.where((scores > -torch.inf).any(0), mass, -torch.inf))
+        def tap(_: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+            scores = call.scores(rows, call.k.shape[2])
+            if chosen is not None:
+                scores = scores.masked_fill(~chosen[:, :, rows], -torch.inf)
+            mass = replace(call, causal=False).softmax(scores)[0].mean(0)
+            masses.append(torch.where((scores[0] > -torch.inf).any(0), mass, -torch.inf))
             return out
 
         hidden, _ = self._model.forward(ids).graph().run(ids, tap)
@@ -124,18 +128,25 @@ class Judge:
             "masses": torch.stack(masses).half().cpu(),
         }
 
-    def _run(self, number: int, graphs: dict[int, Graph], request: Request) -> dict[str, Any]:
+    def _run(self, number: int, graphs: dict[int, Graph], change: Change) -> dict[str, Any]:
         """Returns one sequence's sums over the scored tokens, and the mass that each follower keeps."""
         ids, skip = self._ids[number], self._skips[number]
         length = ids.shape[1]
         if length not in graphs:
-            graphs[length] = self._model.forward(ids).graph(request)
+            graphs[length] = self._model.forward(ids).graph(change)
         graph = graphs[length]
         rows = self._rows(number)
         kept: dict[str, float] = {}
+        own = {m for pool in self._model.pools(change) for m in pool.members} if self._model.topk else None
 
         def tap(layer: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
-            if chosen is not None:
+            if chosen is None or (own is not None and layer not in own):
+                return out
+            if own is not None:
+                # What it would have looked at, had it selected by itself.
+                mass = self._dense[number]["masses"][layer].float().clamp(min=0).to(out.device)
+                kept[str(layer)] = float((mass * chosen[0, 0, rows]).sum(-1).mean())
+            else:
                 probabilities = call.probabilities(rows, call.k.shape[2])[0]
                 picked = chosen[0][:, rows]
                 picked = picked.repeat_interleave(len(probabilities) // len(picked), 0)
@@ -167,7 +178,7 @@ class Judge:
             "worst_token": int(ids[0, worst[1] + 1]),
         }
 
-    def _serves(self) -> tuple[tuple[float, ...], ...]:
+    def serves(self) -> tuple[tuple[float, ...], ...]:
         """Returns who could serve whom, as `Quality` says it, a mean over sequences."""
         total = sum(_kept(run["masses"].float(), self._selection) for run in self._dense) / len(self._dense)
         assert isinstance(total, Tensor)
@@ -192,17 +203,18 @@ def evaluate(
     first half. With a `tokenizer` the worst token has a text. Results are kept in `folder` and found there
     again. Nothing is compiled. Raises OptionError for what cannot be measured.
     """
-    options, topk, request = asked(plan)
-    given = sequences(batches, topk)
+    wanted = asked(plan)
+    given = sequences(batches, wanted.topk)
     shortest = min(ids.shape[1] for ids in given)
     if skip is not None and not 0 <= skip < shortest - 1:
         raise OptionError(f"skip={skip!r} leaves nothing to score of {shortest} tokens")
     known = Model(model, given[0], Stages(folder))
-    known.check(options)
-    judge = Judge(known, given, options, skip)
+    known.check(wanted)
+    judge = Judge(known, given, wanted.options, skip)
     with Progress(progress) as shown:
         judge.dense(shown.stage("dense", len(given)))
-        figures, pools = judge.measure(request, options.identity(), shown.stage("shared", len(given)))
+        done = shown.stage("shared", len(given))
+        figures, pools = judge.measure(wanted.change, wanted.options.identity(), done)
     quality = judge.quality(figures, pools)
     return quality if tokenizer is None else quality.with_text(tokenizer.decode([quality.worst_token.token]))
 

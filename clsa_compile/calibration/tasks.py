@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from clsa_compile.calibration.fingerprint import sequence_hash
-from clsa_compile.calibration.given import MARGIN, Model, Planned, asked, too_short
-from clsa_compile.calibration.graphs import Graph
+from clsa_compile.calibration.given import MARGIN, Asked, Model, Planned, asked, too_short
+from clsa_compile.calibration.graphs import Change, Graph
 from clsa_compile.calibration.haystack import TASKS, WITH_DEPTH, Haystack, Sample
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.task_report import TaskCell, TaskReport
-from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Request, role
+from clsa_compile.ir.routing import role
 
 __all__ = ["DEPTHS", "LENGTHS", "SAMPLES", "evaluate_tasks"]
 
@@ -53,21 +52,22 @@ def evaluate_tasks(
     are kept in `folder` and found there again. Nothing is compiled. Raises OptionError for what cannot be
     measured.
     """
-    options, topk, request = asked(plan)
+    asks = asked(plan)
     wanted = _Wanted(_several(tasks), _several(lengths), _several(depths), samples, seed)
-    wanted.check(topk, model)
+    wanted.check(asks.topk, model)
     haystack = Haystack(tokenizer, filler)
     cells = [(cell, wanted.samples_of(cell, haystack)) for cell in wanted.cells()]
     known = Model(model, _ids(cells[0][1][0]), Stages(folder))
-    known.check(options)
+    known.check(asks)
+    known.long_enough([_ids(made[0]) for _, made in cells])
     with Progress(progress) as shown:
-        asker = _Asker(known, request, options)
+        asker = _Asker(known, asks)
         done = shown.stage("tasks", samples * len(cells))
         found = [asker.cell(*cell, made, done) for cell, made in cells]
-    pools = request.route(known.layers)
+    pools = known.pools(asks.change)
     schedule = "".join(role(pools, i) for i in range(len(known.layers)))
     by_task = sorted(found, key=lambda cell: wanted.tasks.index(cell.task))
-    return TaskReport(topk, schedule, seed, tuple(by_task))
+    return TaskReport(asks.topk or known.topk, schedule, seed, tuple(by_task))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,11 @@ class _Wanted:
 class _Asker:
     """Runs samples through the dense graph and the shared one of their length."""
 
-    def __init__(self, model: Model, request: Request, options: Options) -> None:
+    def __init__(self, model: Model, asks: Asked) -> None:
         self._model = model
         # What names a graph's results in the folder, and what the graph is rewritten for.
-        self._asked: tuple[tuple[str, Request | None], ...] = (("dense", None), (options.identity(), request))
+        ours = (asks.options.identity(), asks.change)
+        self._asked: tuple[tuple[str, Change | None], ...] = (("dense", None), ours)
         self._graphs: dict[tuple[int, str], Graph] = {}
 
     def cell(
@@ -147,19 +148,19 @@ class _Asker:
         means = {name: total / len(samples) for name, total in totals.items()}
         return TaskCell(task, length, depth, len(samples), **means)
 
-    def _kept(self, sample: Sample, identity: str, request: Request | None) -> dict[str, Any]:
+    def _kept(self, sample: Sample, identity: str, change: Change | None) -> dict[str, Any]:
         key = [self._model.key, sequence_hash(_ids(sample)), sample.start, identity]
-        found = self._model.stages.data("task", key, partial(self._run, sample, identity, request))
+        found = self._model.stages.data("task", key, partial(self._run, sample, identity, change))
         return dict(found)
 
     @torch.no_grad()
-    def _run(self, sample: Sample, identity: str, request: Request | None) -> dict[str, Any]:
+    def _run(self, sample: Sample, identity: str, change: Change | None) -> dict[str, Any]:
         """Returns the greedy token at each position of the answer, and the mean log-probability there."""
         ids = _ids(sample).to(self._model.device)
         name = (ids.shape[1], identity)
         if name not in self._graphs:
             self._graphs = {n: graph for n, graph in self._graphs.items() if n[0] == ids.shape[1]}
-            self._graphs[name] = self._model.forward(ids).graph(request)
+            self._graphs[name] = self._model.forward(ids).graph(change)
         graph = self._graphs[name]
         hidden, others = graph.run(ids)
         logits = graph.logits(hidden[:, sample.start - 1 : -1], others)[0].float()

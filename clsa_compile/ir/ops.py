@@ -185,9 +185,9 @@ def attention_mass_reference(
     """Dense attention that also says what it looked at: out [B, H, S, Dv], mass fp32 [B, N, S, T].
 
     mass[n] is the sum over heads of weight [N, H] times the probability after the softmax, raised to `power`;
-    a sink takes its share of the softmax. It is -inf where no head may read a key. `indices` int32
-    [B, 1, S, P] are the only tokens that may be read, where they are given. The rest is as in
-    `attention_reference`.
+    a sink takes its share of the softmax. It is -inf where no head may read a key, the lowest value of an
+    additive mask being such a prohibition. `indices` int32 [B, 1, S, P] are the only tokens that may be read,
+    where they are given. The rest is as in `attention_reference`.
     """
     scores = _masked_scores(q, k, mask, mask_inputs, scale, softcap, predicate)
     if indices is not None:
@@ -195,7 +195,10 @@ def attention_mass_reference(
     probabilities, _ = _softmax(scores, sinks)
     seen = probabilities if power == 1 else probabilities**power
     mass = torch.einsum("nh,bhst->bnst", weight.to(scores.dtype), seen)
-    readable = (scores > -math.inf).any(1, keepdim=True)
+    readable = scores > -math.inf
+    if mask is not None and mask.dtype != torch.bool:
+        readable = readable & (mask > torch.finfo(mask.dtype).min)
+    readable = readable.any(1, keepdim=True)
     return _weighted_values(probabilities, v), torch.where(readable, mass, -math.inf)
 
 

@@ -19,6 +19,7 @@ class SitePlan:
 
     `ordinal` counts attentions in execution order, `layer` is the number in the module path. `action` is
     "sparse" (over selected tokens), "attention" (dense, each key read once) or "left", with a `reason`.
+    `takes_all`: the model selects tokens here, and as many as there are keys.
     """
 
     ordinal: int
@@ -35,6 +36,7 @@ class SitePlan:
     mask: str = ""
     score: str = ""
     topk: int = 0
+    takes_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Group:
 
     One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
     ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
-    An index is selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
+    `repeats` is how many indexers of the model compute the same as the one that runs, besides it. An index is
+    selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
     """
 
     kind: Literal["index", "kv", "mass"]
@@ -51,6 +54,7 @@ class Group:
     members: tuple[int, ...]
     topk: int = 0
     score: str = ""
+    repeats: int = 0
     among: int | None = None
     pool: int = 0
 

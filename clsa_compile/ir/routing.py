@@ -97,8 +97,9 @@ class Shares:
     pool: int | None = None
 
 
-# What of a model's own indices is shared, from the layer whose index each layer reads in the model.
-Sharing = Callable[[Sequence[int]], Shares]
+# What of a model's own indices is shared, from the layer whose index each layer reads in the model, and from
+# the layers themselves.
+Sharing = Callable[[Sequence[int], Sequence[Layer]], Shares]
 
 
 def offered(topk: int, pool: int | None) -> int:

@@ -19,6 +19,7 @@ __all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
 FORMAT = "clsa sharing plan"
 VERSION = 1
 SCOPES = ("layer", "kv_head")
+KINDS = ("mass", "index")
 # Weights that went through half precision still agree this well.
 _AGREE = 0.02
 _AGAIN = "search again (clsa search), or take a whole copy of the file"
@@ -62,6 +63,9 @@ class SharingPlan:
     power: mass is the probability raised to it. model, data: whose plan it is, and the sha256 of the tokens
     that it was made from. quality: what was measured on tokens that were not used to make it.
 
+    kind: "mass" where layers that attend to all tokens choose, "index" where layers with indexers of their
+    own do, whose pools are layers that read the anchor's index, and nothing else.
+
     Raises PlanError where parts contradict each other.
     """
 
@@ -75,6 +79,7 @@ class SharingPlan:
     model: Fingerprint | None = None
     data: str = ""
     quality: Mapping[str, float] = field(default_factory=dict)
+    kind: str = "mass"
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -134,7 +139,10 @@ class SharingPlan:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def pattern(self) -> str:
-        """Returns the schedule, a letter a layer: S attends to tokens that the last F chose, F to all."""
+        """Returns the schedule, a letter a layer: S attends to tokens that the last F chose.
+
+        For layers with indexers it is what vLLM, SGLang and TensorRT-LLM take as `index_topk_pattern`.
+        """
         return "".join(role(self.pools, layer.ordinal) for layer in self.layers)
 
     def __repr__(self) -> str:
@@ -157,6 +165,8 @@ def _problems(plan: SharingPlan) -> list[str]:
     found = []
     if isinstance(plan.topk, bool) or not isinstance(plan.topk, int) or not 1 <= plan.topk <= MOST_TOKENS:
         return [f"topk is {plan.topk!r}; accepted: 1 to {MOST_TOKENS}"]
+    if plan.kind not in KINDS:
+        return [f"kind is {plan.kind!r}; accepted: {' or '.join(map(repr, KINDS))}"]
     if plan.scope not in SCOPES:
         found.append(f"scope is {plan.scope!r}; accepted: {' or '.join(map(repr, SCOPES))}")
     if min(plan.keep_first, plan.keep_last) < 0 or plan.keep_first + plan.keep_last > plan.topk:
@@ -190,6 +200,8 @@ def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
         found.append("its topk, keep_first, keep_last or power is not the plan's")
     if not pool.members or min(pool.members) < pool.anchor:
         found.append(f"its members must come after layer {pool.anchor}, which chooses")
+    if plan.kind == "index":
+        return [*found, "it weighs heads, which no indexer asks for"] if pool.sources or pool.rows else found
     if not pool.sources or max(pool.sources) > pool.anchor:
         found.append(f"its sources must be layers up to {pool.anchor}, which chooses")
         return found
@@ -240,5 +252,6 @@ _PLAN = record(
         "model": lambda value, where: None if value is None else Fingerprint(**_MODEL(value, where)),
         "data": text,
         "quality": named(number),
+        "kind": text,
     }
 )

@@ -104,7 +104,11 @@ class IndexerSite:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One attention. Operands: q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], sinks [H]."""
+    """One attention. Operands: q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], sinks [H].
+
+    has_selection: the model selects tokens for it. takes_all: and the selection is as long as the keys are
+    many, so that there is nothing to choose.
+    """
 
     ordinal: int
     path: str
@@ -123,6 +127,7 @@ class AttentionSite:
     has_selection: bool
     out_roles: tuple[int, ...] = (0, 1, 2, 3)
     note: str = ""
+    takes_all: bool = False
 
     @property
     def kind(self) -> str:

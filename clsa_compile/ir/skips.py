@@ -15,8 +15,10 @@ __all__ = ["PASSES", "Skips"]
 PASSES = {
     "replay": "every call is traced, also those that were traced before",
     "canonicalize": "dead nodes stay",
+    "number": "what repeats is computed again",
     "indexer": "selections are applied as masks, as in the model",
     "reclaim": "key caches of indexers that do not run are written",
+    "early": "all positions of a prompt go through all layers",
     "tables": "tables of sines are computed again by each reader",
     "mask_bounds": "kernels are not told between which keys a mask lies",
 }

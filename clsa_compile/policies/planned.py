@@ -8,10 +8,10 @@ from functools import partial
 from typing import TypeVar
 
 from clsa_compile.errors import PlanError
-from clsa_compile.ir.routing import Layer, Pool, Route
+from clsa_compile.ir.routing import Layer, Pool, Route, Shares
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["route"]
+__all__ = ["route", "shares"]
 
 T = TypeVar("T")
 
@@ -29,12 +29,37 @@ def route(plan: SharingPlan) -> Route:
     return partial(_pools, plan)
 
 
+def shares(plan: SharingPlan, owners: Sequence[int], layers: Sequence[Layer]) -> Shares:
+    """Returns whose index each layer reads by a plan for layers with indexers.
+
+    Raises PlanError for a graph whose layers are not those of the plan, or where one chooses that cannot.
+    """
+    found = list(owners)
+    if not layers:
+        return Shares(tuple(found))  # what a graph break cut off, or a prompt of few tokens
+    _check(plan, layers)
+    for pool in plan.pools:
+        if owners[pool.anchor] != pool.anchor:
+            path = layers[pool.anchor].path
+            raise PlanError(f"the plan has layer {path} choose, which has no indexer here")
+        for member in pool.members:
+            found[member] = pool.anchor
+    return Shares(tuple(found))
+
+
 def _pools(plan: SharingPlan, layers: Sequence[Layer]) -> tuple[Pool, ...]:
     if not layers:
         return ()  # what a graph break cut off before or after the layers
+    _check(plan, layers)
+    return tuple(_found(pool, [layer.ordinal for layer in layers]) for pool in plan.pools)
+
+
+def _check(plan: SharingPlan, layers: Sequence[Layer]) -> None:
+    """Guards a plan's use: raises PlanError for other layers than its own."""
+    what = "dense layers" if plan.kind == "mass" else "layers with an index"
     if len(layers) != len(plan.layers):
         raise PlanError(
-            f"the plan is for {len(plan.layers)} dense layers that can share, and this graph has "
+            f"the plan is for {len(plan.layers)} {what} that can share, and this graph has "
             f"{len(layers)}: it is for another model, or the model is cut into several graphs; search again"
         )
     for ours, theirs in zip(plan.layers, layers, strict=True):
@@ -43,7 +68,6 @@ def _pools(plan: SharingPlan, layers: Sequence[Layer]) -> tuple[Pool, ...]:
                 f"the plan is for another model: layer {theirs.path} has {difference} ({ours.path}); "
                 "search again for this one"
             )
-    return tuple(_found(pool, [layer.ordinal for layer in layers]) for pool in plan.pools)
 
 
 def _difference(ours: Layer, theirs: Layer) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Shares
+from clsa_compile.ir.routing import Layer, Shares
 
 __all__ = ["hugging_face", "roles", "shares", "shown"]
 
@@ -56,7 +56,7 @@ def roles(share: int | str, owners: Sequence[int]) -> str:
     return share
 
 
-def shares(share: int | str, pool: int | None, owners: Sequence[int]) -> Shares:
+def shares(share: int | str, pool: int | None, owners: Sequence[int], layers: Sequence[Layer] = ()) -> Shares:
     """Returns whose index each layer reads, itself where it is F or R; see `roles`.
 
     A layer without an indexer follows the layer that it follows in the model, wherever that one reads now.

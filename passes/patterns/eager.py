@@ -29,6 +29,7 @@ from clsa_compile.passes.patterns.pattern import (
     Part,
     Pattern,
     constant,
+    readers,
     refuse_unless,
     role_index,
     roles_of,
@@ -145,7 +146,7 @@ def _check_probabilities(node: Node, values: Product) -> bool:
     current = node
     while current is not values.out:
         sole_user(current)
-        (current,) = current.users
+        (current,) = readers(current)
         if current is values.out:
             break
         if is_cast(current):

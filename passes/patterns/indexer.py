@@ -26,6 +26,7 @@ from clsa_compile.passes.patterns.pattern import (
     Context,
     Part,
     plain_operand,
+    readers,
     refuse_unless,
     role_index,
     score_sizes,
@@ -178,16 +179,10 @@ def _check_users(node: Node) -> None:
 
 
 def _check_index_users(node: Node) -> None:
-    for user in node.users:
+    for user in readers(node):
         if is_cast(user) and top_indices(user) is not None:
             _check_index_users(user)
-        elif user.target not in (
-            aten.scatter.value,
-            aten.scatter_.value,
-            aten.new_ones.default,
-            aten.new_zeros.default,
-            aten.new_full.default,
-        ):
+        elif user.target not in (aten.scatter.value, aten.scatter_.value):
             raise Refused(Reason.USERS, f"the selected indices are also used by {user.name}")
 
 

@@ -29,6 +29,16 @@ aten = torch.ops.aten
 # The summed dimension of a product, and the width of a value row.
 C_ = SUM
 E_ = sympy.Symbol("e", integer=True, nonnegative=True)
+# What reads a tensor's size, dtype and device and nothing else: it needs no value.
+READS_NO_VALUE = frozenset(
+    (
+        aten.sym_size.int,
+        *(getattr(aten, f"{name}_like").default for name in ("zeros", "ones", "full", "empty")),
+        *(getattr(aten, f"new_{name}").default for name in ("zeros", "ones", "full", "empty")),
+    )
+)
+# Of a selection that is as long as the keys are many.
+TAKES_ALL = "every key is selected: the same as dense"
 
 
 @dataclass(slots=True)
@@ -86,11 +96,16 @@ def refuse_unless(condition: bool, reason: Reason, detail: str) -> None:
         raise Refused(reason, detail)
 
 
+def readers(node: Node) -> list[Node]:
+    """Returns the users of a node that need its value."""
+    return [user for user in node.users if user.target not in READS_NO_VALUE]
+
+
 def sole_user(node: Node, allowed: Sequence[Node] = ()) -> None:
     """Refuses a node whose value is needed outside of the pattern."""
-    others = [u for u in node.users if u not in allowed]
+    others = [u for u in readers(node) if u not in allowed]
     if len(others) > (0 if allowed else 1):
-        names = ", ".join(u.name for u in list(node.users)[:4])
+        names = ", ".join(u.name for u in readers(node)[:4])
         raise Refused(Reason.USERS, f"{node.name} is also used by {names}")
 
 
@@ -232,7 +247,7 @@ def build_site(context: Context, family: str, ordinal: int, path: str, candidate
     if candidate.sinks is not None:
         sinks = plain_operand(context, candidate.sinks, (H_,), candidate, "the sinks")
     # 4. Masks: a predicate where it can be recovered, the tensor where not.
-    mask, indexer, has_selection, note = _mask(context, candidate)
+    mask, indexer, has_selection, takes_all, note = _mask(context, candidate)
     return AttentionSite(
         ordinal=ordinal,
         path=path,
@@ -249,6 +264,7 @@ def build_site(context: Context, family: str, ordinal: int, path: str, candidate
         sinks=sinks,
         indexer=indexer,
         has_selection=has_selection,
+        takes_all=takes_all,
         note=note,
         out_roles=_out_roles(candidate),
     )
@@ -271,21 +287,23 @@ def _same_heads(candidate: Candidate) -> tuple[Operand, Operand, int]:
     return k, v, candidate.sizes[H_]
 
 
-def _mask(context: Context, candidate: Candidate) -> tuple[MaskSpec, IndexerSite | None, bool, str]:
-    """Returns the mask, the indexer, whether the model selects tokens, and why a selection is not taken."""
+def _mask(context: Context, candidate: Candidate) -> tuple[MaskSpec, IndexerSite | None, bool, bool, str]:
+    """Returns the mask and the indexer; whether the model selects tokens, and all of them; why not taken."""
     recovered = context.reader.recover(candidate.masks, candidate.roles)
     if recovered is None or not _inputs_stay(context, recovered, candidate):
         selects = _reads_topk(candidate.masks)
         note = "the selection is applied as a mask: its form is not known" if selects else ""
-        return _as_tensor(context, candidate), None, selects, note
+        return _as_tensor(context, candidate), None, selects, False, note
     if recovered.selection is None:
-        return _with_causal(recovered.spec, candidate), None, False, ""
+        takes_all = recovered.takes_all
+        note = TAKES_ALL if takes_all else ""
+        return _with_causal(recovered.spec, candidate), None, takes_all, takes_all, note
     try:
         indexer = context.indexer(context, recovered.selection, recovered)
     except Refused as refusal:
         note = f"the selection is applied as a mask: {refusal.reason}: {refusal.detail}"
-        return _as_tensor(context, candidate), None, True, note
-    return _with_causal(recovered.spec, candidate), indexer, True, ""
+        return _as_tensor(context, candidate), None, True, False, note
+    return _with_causal(recovered.spec, candidate), indexer, True, False, ""
 
 
 def _with_causal(spec: MaskSpec, candidate: Candidate) -> MaskSpec:
@@ -381,5 +399,5 @@ __all__ = [
     "B_", "C_", "E_", "H_", "KV_", "Q_",
     "Candidate", "Context", "Part", "Pattern",
     "argument", "build_site", "constant", "dim", "is_cast", "number", "plain_operand",
-    "refuse_unless", "role_index", "roles_of", "score_sizes", "sole_user",
+    "readers", "refuse_unless", "role_index", "roles_of", "score_sizes", "sole_user",
 ]  # fmt: skip

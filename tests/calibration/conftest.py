@@ -14,8 +14,9 @@ from torch import Tensor
 
 from clsa_compile.backend import decided
 from clsa_compile.calibration import given
+from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.graphs import Forward
-from clsa_compile.calibration.searching import Asked, Found, find
+from clsa_compile.calibration.searching import Asked, find
 from clsa_compile.capture.dynamo import capture
 from clsa_compile.config import Options
 from clsa_compile.passes.pipeline import carry_out

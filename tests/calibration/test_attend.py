@@ -49,6 +49,12 @@ CASES = {
         "mask": torch.zeros(1, 1, S, S).masked_fill_(torch.ones(S, S).triu(1).bool(), -torch.inf) + 0.1,
         "predicate": "",
     },
+    "lowest": {
+        "mask": torch.zeros(S, S).masked_fill_(torch.ones(S, S).triu(1).bool(), torch.finfo().min)[
+            None, None
+        ],
+        "predicate": "",
+    },
     "other keys": {"k": torch.randn(B, HKV, S + 3, D), "v": torch.randn(B, HKV, S + 3, D)},
 }
 

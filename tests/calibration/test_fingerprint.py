@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.fingerprint import check, data_hash, of_model, sequence_hash
-from clsa_compile.calibration.searching import Found
 from clsa_compile.errors import PlanError
 from clsa_compile.testing import tiny
 

@@ -108,7 +108,6 @@ class Broken(Bare):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny("glm_moe_dsa"), "this model selects tokens by itself"),
         (lambda: tiny("llama", num_hidden_layers=1), "1 of the model's 1 attentions .* it takes 2 at least"),
         (lambda: nn.Sequential(nn.Embedding(128, 8), nn.Linear(8, 9)), "0 of the model's 0 attentions"),
         (Broken, "is no single graph"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import clsa_compile
 from clsa_compile.calibration import judging
-from clsa_compile.calibration.searching import Found
+from clsa_compile.calibration.finding import Found
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
@@ -122,7 +122,7 @@ def test_a_plan_of_another_model_is_an_error(tokens: list[Tensor], found: Found)
 @pytest.mark.parametrize(
     ("plan", "settings", "message"),
     [
-        ({"share": 2}, {}, "nothing to measure without 'topk'"),
+        ({"share": 2}, {}, "give 'topk', or longer sequences"),
         ({"topk": 0}, {}, "'topk' is 0; accepted: 1 to 4096"),
         ({"topk": 4097}, {}, "'topk' is 4097; accepted: 1 to 4096"),
         ({**OPTIONS, "share": "SFFFF"}, {}, "before the first F"),
@@ -141,5 +141,5 @@ def test_what_cannot_be_measured_is_an_error(
 
 
 def test_a_model_that_selects_by_itself_is_told(tokens: list[Tensor]) -> None:
-    with pytest.raises(OptionError, match="this model selects tokens by itself"):
+    with pytest.raises(OptionError, match="this model selects 8 tokens by itself"):
         clsa_compile.evaluate(tiny("glm_moe_dsa"), OPTIONS, tokens)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import clsa_compile
-from clsa_compile.calibration import judging, searching
-from clsa_compile.calibration.searching import Asked, Found, find
+from clsa_compile.calibration import judging, mass_finder
+from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.searching import Asked, find
 from clsa_compile.errors import OptionError
 from clsa_compile.testing import tiny
 
@@ -60,7 +61,7 @@ def test_a_killed_search_goes_on_where_it_was(
 
         return run
 
-    for owner, name in ((searching, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
+    for owner, name in ((mass_finder, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name))
     whole = ["record"] * 3 + ["_dense_run", "_run"]
     for limit in (2, 4):
@@ -142,13 +143,14 @@ def test_models_in_half_precision_can_be_searched(tokens: list[Tensor], asked: A
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"anchors": None}, "give 'anchors', the number of layers that attend to all tokens, or a 'budget'"),
+        ({"anchors": None}, "give 'anchors', the number of layers that choose, or a 'budget'"),
         ({"anchors": 0}, "'anchors' is 0; accepted: a number from 1"),
         ({"anchors": 2.0}, "'anchors' is 2.0"),
         ({"anchors": 6}, "anchors=6, but only 5 layers can share"),
         ({"budget": 0}, "'budget' is 0; accepted: a number above 0"),
         ({"budget": "1%"}, "'budget' is '1%'"),
         ({"seed": -1}, "'seed' is -1"),
+        ({"topk": None}, "give 'topk', or longer sequences"),
         ({"topk": 0}, "'topk' is 0; accepted: 1 to 4096"),
         ({"topk": 4097}, "'topk' is 4097; accepted: 1 to 4096"),
         ({"topk": 4}, "keep_first=2 and keep_last=3 are more tokens than topk=4"),

@@ -11,8 +11,8 @@ import torch
 
 import clsa_compile
 from clsa_compile.calibration import tasks as measured
+from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.haystack import TASKS, Haystack
-from clsa_compile.calibration.searching import Found
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
@@ -161,7 +161,7 @@ def test_a_plan_and_its_file_are_taken(model: Any, hashes: Any, found: Found, tm
 @pytest.mark.parametrize(
     ("plan", "settings", "message"),
     [
-        ({"share": 2}, {}, "nothing to measure without 'topk'"),
+        ({"share": 2}, {}, "give 'topk', or longer sequences"),
         (OPTIONS, {"tasks": "single_nedle"}, "unknown task 'single_nedle'; did you mean 'single_needle'[?]"),
         (OPTIONS, {"tasks": ["single_needle", 3]}, "unknown task 3 Known tasks: single_needle, multi"),
         (OPTIONS, {"tasks": ()}, r"'tasks' is \(\); accepted: one task at least"),

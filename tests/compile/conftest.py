@@ -22,6 +22,7 @@ from clsa_compile.backend import decided
 from clsa_compile.capture.dynamo import capture
 from clsa_compile.config import Options
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.variants import SUPPORTED
 from clsa_compile.kernels.catalog import VARIANTS
@@ -30,11 +31,15 @@ from clsa_compile.passes.pipeline import carry_out, decide
 
 @dataclass
 class Passes:
-    """Backend for torch.compile: runs the rewritten graph as it is, and keeps plans and counts of targets."""
+    """Backend for torch.compile: runs the rewritten graph as it is, and keeps plans and counts of targets.
+
+    `calls` holds the contract ops of each rewritten graph, in order, with their arguments.
+    """
 
     plans: list[Plan] = field(default_factory=list)
     modules: list[GraphModule] = field(default_factory=list)
     rewritten: list[Counter[Any]] = field(default_factory=list)
+    calls: list[list[tuple[str, tuple[Any, ...]]]] = field(default_factory=list)
     options: Options = field(default_factory=Options)
 
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -48,6 +53,8 @@ class Passes:
     def _observe(self, stage: str, captured: Captured) -> None:
         if stage == "rewritten":
             self.rewritten.append(Counter(node.target for node in captured.graph.nodes))
+            ops = [(contract_op(node.target), node.args) for node in captured.graph.nodes]
+            self.calls.append([(name, arguments) for name, arguments in ops if name is not None])
 
     @property
     def reasons(self) -> list[str]:
@@ -82,6 +89,12 @@ def for_cuda(monkeypatch: pytest.MonkeyPatch) -> Captured:
     captured = Captured(module, mode, "dynamo")
     variants = tuple(replace(v, supports=lambda _: SUPPORTED) for v in VARIANTS)
     return carry_out(captured, decide(captured), variants, torch.library.wrap_triton)[0]
+
+
+@pytest.fixture(scope="session")
+def make_passes() -> type[Passes]:
+    """For fixtures that outlive a test."""
+    return Passes
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,7 @@ from clsa_compile.dispatch import torch_kernels
 from clsa_compile.errors import CaptureError, MissingTritonError, PassError, VerifyError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import Reason
+from clsa_compile.ir.skips import PASSES
 from clsa_compile.passes import pipeline
 from clsa_compile.testing import generate_steps, largest_difference, tiny
 
@@ -639,7 +640,7 @@ def test_a_layer_that_is_left_out_is_said_to_be_and_is_no_complaint(
     assert "'skip': ('1',)" in (tmp_path / "graph_000" / "repro.py").read_text()
 
 
-@pytest.mark.parametrize("name", ["replay", "canonicalize", "tables", "mask_bounds", "reclaim", "indexer"])
+@pytest.mark.parametrize("name", PASSES)
 def test_a_pass_that_is_left_out_is_said_to_be_and_changes_no_result(
     name: str, tmp_path: Path, without_inductor: list[Any]
 ) -> None:

@@ -57,7 +57,7 @@ def test_an_unknown_key_lists_the_known_ones_and_where_inductors_go() -> None:
     message = str(error.value)
     assert "unknown option 'cudagraph_trees'" in message
     assert "did you mean" not in message
-    assert "Known options: topk, share, pool, scope, dense_layers, dense_below, keep_first, " in message
+    assert "Known options: topk, share, pool, scope, dense_layers, dense_below, " in message
     assert "options={'inductor': {...}}" in message
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -52,11 +54,15 @@ def test_a_cuda_graph_captured_short_replays_right_at_a_longer_length(family: st
     assert largest_difference(expected, actual) < 1e-4
 
 
-@pytest.mark.parametrize("scope", ["layer", "kv_head"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scope": "kv_head"}, {"share": "FSRSS", "pool": 14}, {"dense_below": 18}],
+    ids=["layer", "kv_head", "reindex", "dense_below"],
+)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_dense_model_that_shares_equals_the_references(mode: str, scope: str) -> None:
+def test_a_dense_model_that_shares_equals_the_references(mode: str, changes: dict[str, Any]) -> None:
     """The same rewrite on the CPU runs references; the oracle of test_dense_sharing.py holds for those."""
-    options = {"topk": 8, "share": 2, "keep_first": 2, "keep_last": 3, "scope": scope}
+    options = {"topk": 8, "share": 2, "keep_first": 2, "keep_last": 3, **changes}
     model = tiny("llama", num_hidden_layers=5)
     expected = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, steps=20)
     torch._dynamo.reset()
@@ -65,6 +71,19 @@ def test_a_dense_model_that_shares_equals_the_references(mode: str, scope: str) 
     actual = generate_steps(run, model.config, steps=20, prime=model)
     assert largest_difference(expected, _on_cpu(actual)) < 1e-4
     assert counters["clsa"]["sparse_attention"] > 0
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_indexers_that_select_among_what_is_offered_equal_the_references(mode: str) -> None:
+    """The oracle of test_sharing.py holds for the references."""
+    options = {"share": "FSRSS", "pool": 12}
+    model = tiny("glm_moe_dsa", num_hidden_layers=5, mlp_layer_types=["dense"] * 5)
+    expected = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, steps=12)
+    torch._dynamo.reset()
+    model = model.cuda()
+    run = torch.compile(model, backend="clsa", options={**options, "mode": mode})
+    actual = generate_steps(run, model.config, steps=12, prime=model)
+    assert largest_difference(expected, _on_cpu(actual)) < 1e-4
 
 
 def _on_cpu(transcript: Transcript) -> Transcript:

@@ -215,14 +215,6 @@ def test_window_layers_are_not_counted(passes: Any) -> None:
         assert [site.action for site in plan.sites] == ["attention", "attention", "attention", "sparse"]
 
 
-def test_layers_that_share_keys_share_tokens(passes: Any) -> None:
-    """gemma3n: the last layers read the keys and values of an earlier one."""
-    passes.options = Options.read({**TOPK, "share": 2, "prefill": "sparse"})
-    model = tiny("gemma3n_text")
-    run(torch.compile(model, backend=passes), model.config, "static")
-    assert all(plan.schedule == "F" * len(plan.schedule) or plan.pools for plan in passes.plans)
-
-
 def test_the_option_works_through_torch_compile() -> None:
     model = llama()
     ids = torch.randint(1, 60, (1, PROMPT))
@@ -275,8 +267,10 @@ def test_schedules_that_do_not_fit_are_errors(options: dict[str, Any], message: 
         clsa_compile.inspect(llama(), input_ids=ids, use_cache=False, options={**TOPK, **options})
 
 
-def test_models_that_select_by_themselves_keep_their_number() -> None:
-    ids = torch.ones(1, 16, dtype=torch.long)
+@pytest.mark.parametrize("length", [16, 8])
+def test_models_that_select_by_themselves_keep_their_number(length: int) -> None:
+    """Also where they have no more tokens than they select, and attend to all of them."""
+    ids = torch.ones(1, length, dtype=torch.long)
     with pytest.raises((OptionError, BackendCompilerFailed), match="this model selects tokens by itself"):
         clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options=TOPK)
 

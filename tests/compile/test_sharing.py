@@ -238,6 +238,44 @@ def test_a_model_without_indexers_has_nothing_to_share(strict: bool) -> None:
                 model(input_ids=ids, use_cache=False)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_prompt_of_no_more_tokens_than_are_selected_is_no_error(attention: str) -> None:
+    """Nothing is left undone: every token is selected, which is dense and exact. The same graph at full size
+    must still be understood."""
+    model = tiny("glm_moe_dsa", attention)
+    options = {"share": 2, "strict": True}
+    report = clsa_compile.inspect(
+        model, input_ids=torch.ones(1, 8, dtype=torch.long), use_cache=False, options=options
+    )
+    assert [(site.kind, site.action, site.takes_all) for site in report.sites] == [
+        ("topk", "attention", True)
+    ] * 2
+    assert {site.reason for site in report.sites} == {"every key is selected: the same as dense"}
+    longer = torch.ones(1, 9, dtype=torch.long)
+    report = clsa_compile.inspect(model, input_ids=longer, use_cache=False, options=options)
+    assert [(site.action, site.takes_all) for site in report.sites] == [("sparse", False)] * 2
+
+
+def test_selections_that_are_not_understood_are_an_error_with_strict() -> None:
+    """Even where no more tokens are there than are selected: the indices are needed elsewhere too."""
+    model = tiny("glm_moe_dsa")
+
+    def hands_on(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model.model.embed_tokens(ids)  # type: ignore[union-attr, operator]
+        positions = torch.arange(ids.shape[1])[None]
+        angles = model.model.rotary_emb(hidden, position_ids=positions)  # type: ignore[union-attr, operator]
+        mask = (positions.mT >= positions)[None, None]
+        out: tuple[torch.Tensor, torch.Tensor] = model.model.layers[0](  # type: ignore[union-attr, index]
+            hidden, attention_mask=mask, position_embeddings=angles, position_ids=positions
+        )
+        return out
+
+    ids = torch.ones(1, 16, dtype=torch.long)
+    options = {"share": 2, "strict": True}
+    with pytest.raises((StrictError, BackendCompilerFailed), match="share=2 changes nothing"):
+        clsa_compile.inspect(hands_on, ids, options=options)
+
+
 def test_the_report_says_what_is_shared_and_that_results_change() -> None:
     ids = torch.ones(1, 16, dtype=torch.long)
     report = clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": 4})

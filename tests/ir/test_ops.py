@@ -227,7 +227,7 @@ def test_mass_is_what_heads_looked_at(case: dict[str, Any], power: float, sets: 
     seen, _ = attention_reference(case["q"], case["k"], onehot, *tail)
     wanted = torch.stack([(seen**power * row[None, :, None, None]).sum(1) for row in weight], 1)
     allowed, bias = meaning(case)
-    readable = (allowed if bias is None else allowed & (bias > -math.inf)).any(1)
+    readable = (allowed if bias is None else allowed & (bias > LOWEST)).any(1)
     for n in range(sets):
         torch.testing.assert_close(mass[:, n][readable], wanted[:, n][readable], atol=1e-5, rtol=1e-4)
         assert (mass[:, n][~readable] == -math.inf).all()

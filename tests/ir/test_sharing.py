@@ -30,6 +30,13 @@ def pool(anchor: int, members: tuple[int, ...], **changes: Any) -> Pool:
     return replace(Pool(anchor, 64, sources, members, keep_first=4, keep_last=32, power=0.5), **changes)
 
 
+def index_plan(**changes: Any) -> SharingPlan:
+    """A plan for layers with indexers."""
+    pools = (Pool(0, 64, {}, (1, 2)), Pool(3, 64, {}, (4,)))
+    given = {"kind": "index", "pools": pools, "keep_first": 0, "keep_last": 0, "power": 1.0}
+    return plan(**{**given, **changes})
+
+
 def plan(**changes: Any) -> SharingPlan:
     given = {
         "topk": 64,
@@ -128,6 +135,22 @@ def test_plans_that_contradict_themselves_are_errors(change: dict[str, Any], mes
     with pytest.raises(PlanError, match=re.escape(message)) as error:
         plan(**change)
     assert "search again" in str(error.value)
+
+
+def test_a_plan_for_indexers_has_layers_only(tmp_path: Path) -> None:
+    made = index_plan()
+    assert made.pattern() == "FSSFS"
+    made.save(tmp_path / "plan.json")
+    assert SharingPlan.load(tmp_path / "plan.json") == made
+    weighed = Pool(0, 64, {0: ((0.5,) * HEADS,)}, (1,))
+    for changes, message in (
+        ({"kind": "other"}, "kind is 'other'; accepted: 'mass' or 'index'"),
+        ({"pools": (weighed,)}, "it weighs heads, which no indexer asks for"),
+        ({"pools": (Pool(2, 64, {}, (1,)),)}, "its members must come after layer 2"),
+        ({"kind": "mass"}, "its sources must be layers up to 0"),
+    ):
+        with pytest.raises(PlanError, match=re.escape(message)):
+            index_plan(**changes)
 
 
 def test_a_layer_may_follow_itself() -> None:

@@ -77,7 +77,7 @@ def test_an_index_is_read_only_where_it_means_the_same(
 ) -> None:
     args = (q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
     captured = trace(two_layers(WHOLE, other, back), *args)
-    plan = decide(captured, lambda owners: Shares((0,) * len(owners))).plan
+    plan = decide(captured, lambda owners, _: Shares((0,) * len(owners))).plan
     assert [site.action for site in plan.sites] == ["sparse", "sparse"]
     if not why:
         assert (plan.schedule, plan.shares) == ("FS", (1,))
@@ -95,7 +95,7 @@ def test_other_keys_are_another_index(trace: Trace) -> None:
         return sdpa(x, y, y, attn_mask=one), sdpa(x, y[:, :, :-2], y[:, :, :-2], attn_mask=two)
 
     captured = trace(fn, q(), q(1), torch.randn(B, T, 4, 5), torch.randn(B, T, 5))
-    plan = decide(captured, lambda owners: Shares((0,) * len(owners))).plan
+    plan = decide(captured, lambda owners, _: Shares((0,) * len(owners))).plan
     assert plan.schedule == "FF"
     assert "keeps its own index: it has other keys" in plan.sites[1].reason
 
@@ -125,6 +125,28 @@ def test_layers_that_read_the_same_keys_and_values_are_one_group(trace: Trace) -
 
     plan = plan_of(trace, fn, q(), q(1), q(2))
     assert plan.groups == (Group("kv", 0, (0, 2, 4)),)
+
+
+def test_views_of_the_same_keys_and_values_are_one_group(trace: Trace) -> None:
+    """Layers may each take the heads apart for themselves; other heads, tokens or widths are others."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (H, D)).transpose(1, 2)
+
+    def fn(x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        swapped = k.unflatten(-1, (D, H)).permute(0, 3, 1, 2)
+        return (
+            sdpa(x, heads(k), heads(v)),
+            sdpa(x, k.view(B, T, H, D).permute(0, 2, 1, 3), heads(v)),
+            sdpa(x, swapped, heads(v)),
+            sdpa(x, heads(k)[:, :, :6], heads(v)[:, :, :6]),
+            sdpa(x, heads(k + 0), heads(v)),
+            sdpa(x, heads(k), heads(v)),
+        )
+
+    plan = plan_of(trace, fn, q(), *(q(seed).transpose(1, 2).flatten(-2) for seed in (1, 2)))
+    assert not [site.reason for site in plan.sites if site.reason]
+    assert plan.groups == (Group("kv", 0, (0, 1, 5)),)
 
 
 def test_rejects_are_entries_too(trace: Trace) -> None:

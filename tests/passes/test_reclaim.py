@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.routing import Shares
 from clsa_compile.passes.pipeline import carry_out, decide
 
 Trace = Callable[..., Captured]
@@ -49,7 +50,7 @@ def reclaimed(trace: Trace, fn: Any) -> tuple[tuple[int, ...], int]:
     args = (torch.randn(B, H, T, D), torch.randn(B, H, T, D), torch.randn(B, T, 4, 5))
     args += tuple(torch.randn(B, T, 5) for _ in range(3))
     captured = trace(fn, *args)
-    decision = decide(captured, lambda owners: [0] * len(owners), reclaims=True)
+    decision = decide(captured, lambda owners, _: Shares((0,) * len(owners)), reclaims=True)
     assert decision.plan.shares == (1,)
     left: list[int] = []
 
@@ -126,6 +127,6 @@ def test_nothing_is_reclaimed_unasked(trace: Trace) -> None:
     torch.manual_seed(0)
     args = (torch.randn(B, H, T, D), torch.randn(B, H, T, D), torch.randn(B, T, 4, 5))
     captured = trace(two_layers(lambda cache, keys: ()), *args, *(torch.randn(B, T, 5) for _ in range(3)))
-    decision = decide(captured, lambda owners: [0] * len(owners))
+    decision = decide(captured, lambda owners, _: Shares((0,) * len(owners)))
     assert decision.plan.shares == (1,)
     assert (decision.plan.invalid, decision.reclaimed) == ((), ())

@@ -672,6 +672,7 @@ def test_a_selection_of_every_token_selects_nothing(trace: Trace) -> None:
     found = recovered_from(trace(fn, torch.randn(2, 3, 6)), roles=(0, 2, 3))
     assert found is not None
     assert found.selection is None
+    assert found.takes_all
     assert found.spec.is_open
 
 

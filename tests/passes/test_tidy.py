@@ -139,3 +139,14 @@ def test_canonicalising_leaves_users_that_count(trace: Trace) -> None:
     product = next(n for n in captured.graph.nodes if "mul" in n.name)
     assert len(product.users) == 1
     assert torch.equal(captured.module(torch.ones(2)), torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize(("p", "train", "left"), [(0.5, True, 1), (0.5, False, 0), (0.0, True, 0)])
+def test_a_dropout_goes_where_it_drops_nothing(trace: Trace, p: float, train: bool, left: int) -> None:
+    def fn(x: Tensor) -> Tensor:
+        torch.ops.aten.dropout(x.softmax(-1), p, train)
+        return x + 1
+
+    captured = trace(fn, torch.randn(3, 4))
+    drop_dead(captured.graph)
+    assert ops(captured).count("aten.dropout.default") == left

@@ -322,6 +322,18 @@ def test_an_intermediate_result_that_is_needed_elsewhere_is_refused(at: str, rew
     refused(rewritten(several_users(at), *qkv(), a_mask(S, T)), Reason.USERS, "is also used by")
 
 
+def test_reading_the_shape_of_scores_and_probabilities_needs_no_value(rewritten: Rewritten) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT * 0.3
+        scores = scores + torch.zeros_like(scores).masked_fill(~mask, LOWEST)
+        weights = scores.softmax(-1)
+        return weights @ v, torch.ones_like(weights)
+
+    outcome = rewritten(fn, *qkv(), a_mask(S, T))
+    outcome.assert_equal()
+    assert outcome.site.family == "eager"
+
+
 def test_maximum_used_elsewhere_is_refused(rewritten: Rewritten) -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scores = q @ k.mT

@@ -190,7 +190,9 @@ def test_a_selection_of_everything_is_plain_attention(t: int, rewritten: Rewritt
     outcome = run(rewritten, Model(), Sizes(1, t))
     torch.testing.assert_close(outcome.actual[1], outcome.expected[1])
     assert outcome.site.indexer is None
-    assert outcome.decision.plan.sites[0].action == "attention"
+    assert outcome.site.takes_all
+    (entry,) = outcome.decision.plan.sites
+    assert (entry.kind, entry.action, entry.takes_all) == ("topk", "attention", True)
 
 
 @pytest.mark.parametrize("low", [-math.inf, LOWEST])
@@ -248,6 +250,21 @@ def test_one_selection_of_several_layers_is_made_once(rewritten: Rewritten) -> N
     assert (group.anchor, group.members, group.topk) == (0, (0, 1), K)
     sorts = sum(op.startswith("aten.sort") for op in outcome.ops)
     assert sorts == 2, "one index node: two sorts in the reference"
+
+
+def test_reading_the_shape_of_scores_and_indices_needs_no_value(rewritten: Rewritten) -> None:
+    def model(e: Env) -> Tensor:
+        scores = products(e).masked_fill(~visible(e), -math.inf)
+        indices = scores.topk(K, dim=-1).indices
+        # As wide as the scores, and made of nothing else of theirs.
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, indices, True)
+        mask = (chosen & visible(e))[:, None]
+        return F.scaled_dot_product_attention(e["q"], e["k"], e["v"], attn_mask=mask)
+
+    outcome = run(rewritten, model)
+    assert outcome.site.indexer is not None, outcome.site.note
+    assert_valid_rows_equal(outcome)
+    assert not any("zeros_like" in op for op in outcome.ops)
 
 
 def test_unknown_lengths_keep_the_constant_k(rewritten: Rewritten) -> None:

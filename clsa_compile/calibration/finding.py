@@ -1,0 +1,64 @@
+"""Finding: from the best anchors of a number to the fewest that hold a budget, whatever is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from clsa_compile.calibration.quality import Quality
+from clsa_compile.ir.sharing import SharingPlan
+
+__all__ = ["Finder", "Found", "found"]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan, and what was measured of it on the sequences that were held out."""
+
+    plan: SharingPlan
+    quality: Quality
+
+
+class Finder(Protocol):
+    """One search: the best anchors of a number, and plans with their quality on what was held out."""
+
+    @property
+    def layers(self) -> int:
+        """The layers that can choose."""
+
+    def anchors(self, count: int) -> tuple[int, ...]:
+        """Returns the best anchors of a number."""
+
+    def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors with one more."""
+
+    def judged(self, anchors: tuple[int, ...]) -> Found:
+        """Returns the plan of some anchors, and what was measured of it."""
+
+
+def found(finder: Finder, count: int | None, budget: float | None) -> Found:
+    """Returns the plan for a number of anchors, a budget, or both."""
+    if count is None:
+        assert budget is not None
+        return _least(finder, finder.anchors, 1, budget)
+    first = finder.anchors(count)
+    if budget is None:
+        return finder.judged(first)
+    grown = [first]
+    while len(grown[-1]) < finder.layers:
+        grown.append(finder.grown(grown[-1]))
+    return _least(finder, lambda n: grown[n - count], count, budget)
+
+
+def _least(finder: Finder, anchors: Callable[[int], tuple[int, ...]], low: int, budget: float) -> Found:
+    """Returns the plan of the fewest anchors, `low` at least, that stays within a budget."""
+    high, kept = finder.layers, None
+    while low < high:
+        middle = (low + high) // 2
+        tried = finder.judged(anchors(middle))
+        if tried.quality.perplexity_increase <= budget:
+            high, kept = middle, tried
+        else:
+            low = middle + 1
+    return kept if kept is not None else finder.judged(anchors(high))

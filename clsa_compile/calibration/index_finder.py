@@ -1,0 +1,133 @@
+"""Search over a model with indexers: which of them need to run, and whose index the other layers read.
+
+Where a layer's own attention would lie within another one's selection says who may read whose index; dynamic
+programming finds the best anchors for that, and single moves of one anchor to a neighbour follow the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.fingerprint import data_hash
+from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.judging import Judge
+from clsa_compile.calibration.progress import Progress
+from clsa_compile.config import Options
+from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.policies import planned
+from clsa_compile.policies.anchors import best, followers, uniform
+
+__all__ = ["IndexFinder"]
+
+# How often all anchors are tried one place further to either side.
+PASSES = 2
+
+
+class IndexFinder:
+    """One search; anchors are counted among the layers that have an indexer in the model."""
+
+    def __init__(
+        self,
+        model: Model,
+        fitted: Sequence[Tensor],
+        held: Sequence[Tensor],
+        options: Options,
+        seed: int,
+        shown: Progress,
+    ) -> None:
+        self._model, self._shown = model, shown
+        self._data = data_hash((*fitted, *held))
+        self._fitted, self._held = (Judge(model, part, options) for part in (fitted, held))
+        self._numbers = len(fitted), len(held)
+        self._choosers = [i for i, owner in enumerate(model.owners) if owner == i]
+        self._fitted.dense(shown.stage("recording", len(fitted)))
+        self._costs = self._pairs(self._fitted.serves())
+        self._starts = best(self._costs)
+
+    @property
+    def layers(self) -> int:
+        """The layers that can choose."""
+        return len(self._choosers)
+
+    def anchors(self, count: int) -> tuple[int, ...]:
+        """Returns the best anchors of a number: exact for kept mass, then moved along the loss."""
+        done = self._shown.stage(f"placing {count} anchors", None)
+
+        def loss(anchors: tuple[int, ...]) -> float:
+            done()
+            plan = self._plan(anchors)
+            figures, _ = self._fitted.measure(partial(planned.shares, plan), plan.digest())
+            return sum(f["loss"] for f in figures) / sum(f["tokens"] for f in figures)
+
+        current = min(self._starts[count - 1], uniform(self.layers, count), key=loss)
+        lowest = loss(current)
+        for _ in range(PASSES):
+            before = lowest
+            for anchor in current[1:]:
+                rest = [a for a in current if a != anchor]
+                sides = [a for a in (anchor - 1, anchor + 1) if 0 < a < self.layers and a not in current]
+                for moved in (tuple(sorted((*rest, a))) for a in sides):
+                    if (found := loss(moved)) < lowest:
+                        current, lowest = moved, found
+            if lowest == before:
+                break
+        return current
+
+    def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors with one more: the layer with which the others then keep most."""
+        free = [layer for layer in range(self.layers) if layer not in anchors]
+        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._total)
+
+    def judged(self, anchors: tuple[int, ...]) -> Found:
+        """Returns the plan of some anchors, and its quality on what was held out."""
+        plan = self._plan(anchors)
+        done = self._shown.stage(f"judging {len(anchors)} anchors", self._numbers[1])
+        figures, pools = self._held.measure(partial(planned.shares, plan), plan.digest(), done)
+        quality = self._held.quality(figures, pools)
+        return Found(self._plan(anchors, quality.numbers()), quality)
+
+    def _pairs(self, serves: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Returns [C, C] of the share [L, L] that layers keep: what chooser j loses by reading i's index.
+
+        A layer that has no indexer goes where the one goes whose index it reads.
+        """
+        owned = {c: [i for i, owner in enumerate(self._model.owners) if owner == c] for c in self._choosers}
+        return [
+            [
+                sum(serves[owner][i] - serves[anchor][i] for i in owned[owner]) if anchor < owner else 0.0
+                for owner in self._choosers
+            ]
+            for anchor in self._choosers
+        ]
+
+    def _total(self, anchors: tuple[int, ...]) -> float:
+        groups = followers(anchors, self.layers).items()
+        return sum(self._costs[anchor][member] for anchor, members in groups for member in members)
+
+    def _plan(self, anchors: tuple[int, ...], quality: dict[str, float] | None = None) -> SharingPlan:
+        chosen = {a: self._choosers[a] for a in anchors}
+        for anchor, members in followers(anchors, self.layers).items():
+            chosen.update(dict.fromkeys(members, self._choosers[anchor]))
+        reads = {self._choosers[c]: anchor for c, anchor in chosen.items()}
+        members_of: dict[int, list[int]] = {}
+        for i, owner in enumerate(self._model.owners):
+            if reads[owner] != i:
+                members_of.setdefault(reads[owner], []).append(i)
+        return SharingPlan(
+            kind="index",
+            topk=self._model.topk,
+            layers=self._model.layers,
+            pools=tuple(
+                Pool(anchor, self._model.topk, {}, tuple(members)) for anchor, members in members_of.items()
+            ),
+            keep_first=0,
+            keep_last=0,
+            model=self._model.fingerprint,
+            data=self._data,
+            quality=quality or {},
+        )

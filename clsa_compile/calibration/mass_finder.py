@@ -1,0 +1,144 @@
+"""Search over a dense model: layers that attend to all tokens choose for others, by weighted mass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.fingerprint import data_hash, sequence_hash
+from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.judging import Judge
+from clsa_compile.calibration.mixture import Costs, Selection, Table, fit
+from clsa_compile.calibration.progress import Progress
+from clsa_compile.calibration.records import Record, chosen_rows, record
+from clsa_compile.config import Options
+from clsa_compile.ir.routing import Pool, Request
+from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.policies import planned
+from clsa_compile.policies.anchors import best, followers, improved, uniform
+
+__all__ = ["POWER", "MassFinder"]
+
+# Rows of all sequences that are looked at, and elements of their records.
+ROWS = 144
+MOST_ELEMENTS = 400_000_000
+FEWEST_ROWS, MOST_ROWS = 4, 48
+# Mass is the square root of the probability: sums of roots find what several heads look at a little.
+POWER = 0.5
+
+
+class MassFinder:
+    """One search over a model with weights: what it has recorded, and the plans that it has judged."""
+
+    def __init__(
+        self,
+        model: Model,
+        fitted: Sequence[Tensor],
+        held: Sequence[Tensor],
+        options: Options,
+        seed: int,
+        shown: Progress,
+    ) -> None:
+        self._model, self._options, self._shown = model, options, shown
+        self._seed = seed
+        self._data = data_hash((*fitted, *held))
+        self._judge = Judge(model, held, options)
+        self._held = len(held)
+        assert options.topk is not None
+        self._selection = Selection(options.topk, options.keep_first, options.keep_last, POWER)
+        records = self._records(fitted)
+        self._table = Table(records, self._selection, model.device)
+        self._costs = Costs(self._table, uniform(self.layers, max(2, self.layers // 4)))
+        self._key = [model.key, data_hash(fitted), len(records[0].readable), seed, asdict(self._selection)]
+        self._starts = best(self._costs.pairs())
+
+    @property
+    def layers(self) -> int:
+        """The layers that can choose."""
+        return len(self._model.layers)
+
+    def _records(self, sequences: Sequence[Tensor]) -> list[Record]:
+        widths = sum(layer.heads + layer.kv_heads + 1 for layer in self._model.layers)
+        longest = max(ids.shape[1] for ids in sequences)
+        total = min(ROWS, MOST_ELEMENTS // (widths * longest))
+        count = max(FEWEST_ROWS, min(MOST_ROWS, total // len(sequences)))
+        done = self._shown.stage("recording", len(sequences))
+        found = []
+        for number, ids in enumerate(sequences):
+            seed = self._seed + number
+
+            def make(ids: Tensor = ids, seed: int = seed) -> dict[str, Tensor]:
+                rows = chosen_rows(ids.shape[1], count, torch.Generator().manual_seed(seed))
+                given = ids.to(self._model.device)
+                return record(self._model.forward(given).graph(), given, rows, POWER, seed).to_tensors()
+
+            key = [self._model.key, sequence_hash(ids), count, seed, POWER]
+            found.append(Record.from_tensors(self._model.stages.tensors("record", key, make)))
+            done()
+        return found
+
+    def anchors(self, count: int) -> tuple[int, ...]:
+        """Returns the best anchors of a number: exact for pairs, then moved for choosing together."""
+        done = self._shown.stage(f"placing {count} anchors", None)
+
+        def cost(anchors: tuple[int, ...], most: float = math.inf) -> float:
+            done()
+            return self._costs.total(anchors, most)
+
+        def make() -> list[int]:
+            start = min(self._starts[count - 1], uniform(self.layers, count), key=cost)
+            return list(improved(cost, start, self.layers))
+
+        return tuple(self._model.stages.data("anchors", [*self._key, count], make))
+
+    def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors with one more: the layer whose followers, and itself, then lose least."""
+        free = [layer for layer in range(self.layers) if layer not in anchors]
+        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._costs.total)
+
+    def judged(self, anchors: tuple[int, ...]) -> Found:
+        """Returns the plan of some anchors with fitted weights, and its quality on what was held out."""
+        plan = self._plan(anchors)
+        request = Request(planned.route(plan), prompts=True)
+        done = self._shown.stage(f"judging {len(anchors)} anchors", self._held)
+        figures, pools = self._judge.measure(request, plan.digest(), done)
+        quality = self._judge.quality(figures, pools)
+        return Found(replace(plan, quality=quality.numbers()), quality)
+
+    def _plan(self, anchors: tuple[int, ...]) -> SharingPlan:
+        done = self._shown.stage(f"fitting {len(anchors)} anchors", len(followers(anchors, self.layers)))
+        pools = []
+        for anchor, members in followers(anchors, self.layers).items():
+            pools.append(self._pool(anchors, anchor, members))
+            done()
+        return SharingPlan(
+            topk=self._selection.topk,
+            layers=self._model.layers,
+            pools=tuple(pools),
+            keep_first=self._selection.keep_first,
+            keep_last=self._selection.keep_last,
+            scope=self._options.scope,
+            power=POWER,
+            model=self._model.fingerprint,
+            data=self._data,
+        )
+
+    def _pool(self, anchors: tuple[int, ...], anchor: int, members: tuple[int, ...]) -> Pool:
+        kv_heads = {self._model.layers[m].kv_heads for m in members}
+        # A set a kv head needs as many of them in every follower.
+        sets = kv_heads.pop() if self._options.scope == "kv_head" and len(kv_heads) == 1 else 1
+        return Pool(
+            anchor=anchor,
+            topk=self._selection.topk,
+            sources=fit(self._table, anchors, anchor, members, sets),
+            members=members,
+            rows={m: tuple(range(sets)) for m in members} if sets > 1 else {},
+            keep_first=self._selection.keep_first,
+            keep_last=self._selection.keep_last,
+            power=POWER,
+        )

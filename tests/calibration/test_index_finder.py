@@ -1,0 +1,125 @@
+"""calibration/index_finder.py: which indexers of a model need to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import clsa_compile
+from clsa_compile.calibration import judging
+from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.searching import Asked, find
+from clsa_compile.errors import OptionError, PlanError
+from clsa_compile.testing import tiny
+
+LAYERS = 5
+DENSE_MLP = {"num_hidden_layers": LAYERS, "mlp_layer_types": ["dense"] * LAYERS}
+ASKED = Asked(anchors=2)
+
+
+def glm(**changes: Any) -> Any:
+    made = tiny("glm_moe_dsa", **DENSE_MLP, **changes)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if "q_" in name or "k_" in name:
+                weight *= 4  # heads that look at few tokens
+    return made
+
+
+@pytest.fixture(scope="module")
+def selecting() -> Any:
+    return glm()
+
+
+@pytest.fixture(scope="module")
+def searched(selecting: Any, tokens: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return find(selecting, tokens, ASKED, tmp_path_factory.mktemp("index"), progress=False)
+
+
+def loss(model: Any, ids: Tensor, backend: Any) -> float:
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend)
+        logits = compiled(input_ids=ids, use_cache=False).logits[0, 24:-1]
+    return nn.functional.cross_entropy(logits, ids[0, 25:]).item()
+
+
+def test_a_plan_names_the_indexers_that_run(searched: Found, selecting: Any) -> None:
+    plan = searched.plan
+    assert plan.kind == "index"
+    assert plan.topk == selecting.config.index_topk
+    assert plan.pattern().count("F") == 2
+    assert plan.pattern() == searched.quality.schedule
+    assert plan.quality["tokens"] == searched.quality.tokens
+    kept = [layer.recovered for layer in searched.quality.layers]
+    assert all((k is None) == (role == "F") for k, role in zip(kept, plan.pattern(), strict=True))
+
+
+def test_what_compiles_is_what_was_judged(
+    searched: Found, selecting: Any, tokens: list[Tensor], tmp_path: Path, passes: Any
+) -> None:
+    searched.plan.save(tmp_path / "plan.json")
+    ids = tokens[1][1:]
+    options = {"share": tmp_path / "plan.json", "strict": True}
+    assert abs(loss(selecting, ids, passes(**options)) - searched.quality.loss) < 1e-5
+    assert abs(searched.quality.loss - searched.quality.dense_loss) > 1e-4
+    by_hand = clsa_compile.evaluate(selecting, {"share": searched.plan.pattern()}, ids)
+    assert abs(by_hand.loss - searched.quality.loss) < 1e-6
+
+
+def test_moves_of_anchors_follow_the_loss(
+    selecting: Any, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a judge to whom only layer 3 matters, an anchor gets there from any start."""
+    real = judging.Judge.measure
+
+    def measured(self: Any, change: Any, *args: Any) -> Any:
+        figures, pools = real(self, change, *args)
+        followed = any(3 in pool.members for pool in pools)
+        return [{**f, "loss": f["loss"] * (1 + followed)} for f in figures], pools
+
+    monkeypatch.setattr(judging.Judge, "measure", measured)
+    assert find(selecting, tokens, ASKED, progress=False).plan.pattern()[3] == "F"
+
+
+def test_layers_without_an_indexer_follow_the_one_that_they_follow_in_the_model(tokens: list[Tensor]) -> None:
+    roles = ["full", "shared", "full", "full", "shared"]
+    made = find(glm(indexer_types=roles), tokens, ASKED, progress=False)
+    pattern = made.plan.pattern()
+    assert pattern[1] == pattern[4] == "S"
+    reads = {m: pool.anchor for pool in made.plan.pools for m in pool.members}
+    assert reads[1] == 0
+    assert reads[4] == reads.get(3, 3)
+    with pytest.raises(OptionError, match="anchors=4, but only 3 layers can share"):
+        find(glm(indexer_types=roles), tokens, Asked(anchors=4), progress=False)
+
+
+def test_the_same_plan_again_and_nothing_judged_twice(
+    searched: Found, selecting: Any, tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find(selecting, tokens, ASKED, tmp_path, progress=False).plan == searched.plan
+    monkeypatch.setattr(judging.Judge, "_run", lambda *_: pytest.fail("judged again"))
+    assert find(selecting, tokens, ASKED, tmp_path, progress=False).plan == searched.plan
+
+
+def test_a_plan_of_another_model_is_an_error(searched: Found, tokens: list[Tensor], model: Any) -> None:
+    for other in (glm(num_key_value_heads=4, num_attention_heads=4, qk_nope_head_dim=24), model):
+        with pytest.raises(PlanError, match="the plan is for another model"):
+            clsa_compile.evaluate(other, searched.plan, tokens)
+    ids = torch.ones(1, 32, dtype=torch.long)
+    with pytest.raises(Exception, match="the plan is for 5 layers with an index"):
+        clsa_compile.inspect(
+            tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options={"share": searched.plan}
+        )
+
+
+def test_a_number_of_tokens_is_the_models_own(selecting: Any, tokens: list[Tensor]) -> None:
+    with pytest.raises(OptionError, match=r"this model selects 8 tokens by itself.*leave 'topk' out"):
+        find(selecting, tokens, Asked(topk=16, anchors=2, keep_last=3), progress=False)
+    with pytest.raises(OptionError, match="a sequence of 20 tokens is too short for topk=8"):
+        find(selecting, [t[:, :20] for t in tokens], ASKED, progress=False)
+    with pytest.raises(OptionError, match="nothing to measure without 'topk' or 'share'"):
+        clsa_compile.evaluate(selecting, {}, tokens)
