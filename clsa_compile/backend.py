@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -18,23 +17,20 @@ from torch.fx import GraphModule
 from clsa_compile.capture.dynamo import capture, higher_order, name_buffers, subclass_input, uses_autocast
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels, torch_kernels
-from clsa_compile.dump import Dump
 from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.plan import Plan, SitePlan
 from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
-from clsa_compile.passes.lower import Choice
-from clsa_compile.passes.pipeline import Decision, carry_out, decide, uuid
+from clsa_compile.passes.pipeline import Decision, Observer, carry_out, decide, missing, uuid
 from clsa_compile.passes.savings import stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import shares
-
-log = logging.getLogger("clsa_compile")
+from clsa_compile.watch import Stopped, Watch
 
 Compiled = Callable[..., Any]
 
@@ -57,24 +53,28 @@ def clsa(
     be left as it was. Whatever fails otherwise is compiled by Inductor as it came, and a warning says so.
     """
     chosen = Options.read(options, mode)
+    watch = Watch.open(chosen, example_inputs)
+    alone = partial(_inductor_alone, gm, example_inputs, watch)
     left = _left_whole(gm, example_inputs)
     if left is not None:
-        return _inductor_alone(gm, example_inputs, chosen, *left)
+        return alone(*left)
     try:
-        module = transform(gm, chosen)
+        module = transform(gm, chosen, watch)
     except (StrictError, OptionError):
         raise
     except ClsaError as error:
         if chosen.strict:
             raise
-        return _inductor_alone(gm, example_inputs, chosen, _why(gm, error), str(error))
+        return alone(_why(gm, error), str(error), error)
     try:
-        return _inductor(module, example_inputs, chosen)
+        compiled = _inductor(module, example_inputs, chosen)
     except Exception as error:
         if chosen.strict or module is gm:
             raise
         reason = f"Inductor failed on the rewritten graph: {type(error).__name__}: {error}".partition("\n")[0]
-        return _inductor_alone(gm, example_inputs, chosen, Reason.INDUCTOR, reason)
+        return alone(Reason.INDUCTOR, reason, error)
+    watch.done()
+    return compiled
 
 
 @roomy
@@ -84,7 +84,7 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
     if left is not None:
         return f"{left[0]}: {left[1]}"
     try:
-        plan = decided(capture(gm), options).plan
+        plan = decided(capture(gm, "replay" not in options.skips), options).plan
     except OptionError:
         raise
     except ClsaError as error:
@@ -96,31 +96,50 @@ def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) ->
 
 
 @uncollected()
-def transform(gm: GraphModule, options: Options) -> GraphModule:
-    """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched."""
-    captured = capture(gm)
-    dump = Dump.open(options.dump)
-    dump.graph("captured", captured)
-    decision = decided(captured, options)
-    dump.plan(decision.plan)
+def transform(gm: GraphModule, options: Options, watch: Watch | None = None) -> GraphModule:
+    """Returns a Dynamo graph with its attentions rewritten and lowered; the original is not touched.
+
+    Where the options say so, it stops after an earlier stage and returns the graph as it is then.
+    """
+    watch = watch or Watch(options)
+    captured = capture(gm, "replay" not in options.skips)
+    try:
+        return _transformed(gm, captured, options, watch)
+    except Stopped as stage:
+        counters["clsa"]["stopped"] += 1
+        watch.stopped(stage)
+        _warn_once(f"stopped after {stage}", f"clsa stopped after the stage {stage} (CLSA_STOP_AFTER)")
+        name_buffers(captured.module)
+        return captured.module
+
+
+def _transformed(gm: GraphModule, captured: Captured, options: Options, watch: Watch) -> GraphModule:
+    watch.stage("captured", captured)
+    decision = decided(captured, options, watch.stage)
+    watch.decision(captured, decision)
     _count(decision.plan)
     _report(decision.plan, options)
     if not any(entry.action != "left" for entry in decision.plan.sites):
+        watch.transformed(decision.plan)
         return gm  # nothing to gain from another dialect
     variants = variants_for(captured, options)
-    captured, choices = carry_out(captured, decision, variants, _wrap_triton, dump.graph)
+    captured, choices = carry_out(captured, decision, variants, _wrap_triton, watch.stage)
     name_buffers(captured.module)
-    dump.choices(choices)
+    watch.choices(choices)
     _count_choices(decision.plan)
-    _log(decision.plan, choices)
+    watch.transformed(decision.plan)
     return captured.module
 
 
-def decided(captured: Captured, options: Options) -> Decision:
+def decided(captured: Captured, options: Options, observe: Observer | None = None) -> Decision:
     """Returns what the options make of a graph. Raises OptionError where they do not fit it."""
     request = requested(options)
     shared = sharing(options) if request is None else None
-    decision = decide(captured, shared, reclaims=options.reclaim, request=request)
+    decision = decide(
+        captured, shared, reclaims=options.reclaim, request=request, skips=options.skips, observe=observe
+    )
+    for name in missing(decision):
+        _warn_once(name, f"CLSA_SKIP names {name!r}, and no layer of this graph bears that name")
     saved = decision.plan.savings
     if needed := sorted(set(stripped(captured.graph)) - set(saved.idle if saved else ())):
         raise OptionError(
@@ -215,13 +234,20 @@ def _why(gm: GraphModule, error: ClsaError) -> Reason:
 
 
 def _inductor_alone(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, reason: Reason, detail: str
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    watch: Watch,
+    reason: Reason,
+    detail: str,
+    error: Exception | None = None,
 ) -> Compiled:
     counters["clsa"][f"left_graphs_{reason}"] += 1
     message = f"clsa left a graph to Inductor ({reason}): {detail}"
-    _complain(reason, message, options)
-    log.info(message)
-    return _inductor(gm, example_inputs, options)
+    watch.left(message, error)
+    _complain(reason, message, watch.options)
+    compiled = _inductor(gm, example_inputs, watch.options)
+    watch.done()
+    return compiled
 
 
 def _complain(key: str, message: str, options: Options) -> None:
@@ -248,7 +274,7 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
 
 def _report(plan: Plan, options: Options) -> None:
     """Says which attentions are left, and when there is nothing to share."""
-    left = [entry for entry in plan.sites if entry.action == "left"]
+    left = [entry for entry in plan.sites if entry.action == "left" and not _is_skipped(entry)]
     if left:
         lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
         found = f"{len(left)} of {len(plan.sites)} attentions"
@@ -259,6 +285,10 @@ def _report(plan: Plan, options: Options) -> None:
     elif options.share != "off" and plan.sites and not plan.schedule and not _takes_all(plan):
         nothing = f"none of the {len(plan.sites)} attentions has an indexer that is understood"
         _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
+
+
+def _is_skipped(site: SitePlan) -> bool:
+    return site.reason.startswith(f"{Reason.SKIPPED}:")
 
 
 def _takes_all(plan: Plan) -> bool:
@@ -275,16 +305,3 @@ def _count_choices(plan: Plan) -> None:
     counters["clsa"]["sparse_attention"] += plan.count("sparse")
     counters["clsa"]["attention"] += plan.count("attention")
     counters["clsa"]["index_topk"] += sum(group.kind == "index" for group in plan.groups)
-
-
-def _log(plan: Plan, choices: tuple[Choice, ...]) -> None:
-    log.info(
-        "clsa: %d attentions: %d sparse, %d read once, %d left; %d index nodes",
-        len(plan.sites),
-        plan.count("sparse"),
-        plan.count("attention"),
-        plan.count("left"),
-        sum(group.kind == "index" for group in plan.groups),
-    )
-    for choice in choices:
-        log.debug("clsa: %s -> %s %s", choice.op, choice.variant, "; ".join(choice.passed_over))

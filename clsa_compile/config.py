@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import MOST_TOKENS
 from clsa_compile.ir.sharing import SCOPES, SharingPlan
+from clsa_compile.ir.skips import Skips
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PREFILLS = ("dense", "sparse")
+# Where the pipeline may stop; the graph as it is then goes to Inductor.
+STAGES = ("captured", "canonical", "plan", "rewritten", "lowered")
 # What only means something for dense layers, and so needs `topk`.
 _DENSE = ("scope", "dense_layers", "dense_below", "keep_first", "keep_last", "prefill")
 # What a sharing plan says by itself.
@@ -40,6 +43,8 @@ class Options:
     reclaim: key caches that only indexers read which no longer run are not written either.
     strict: reasons become errors.
     dump: a folder for the graphs of each stage, or None.
+    stop_after: a stage after which the pipeline stops, or None; the graph as it is then goes to Inductor.
+    skip: names of passes and layers that are left out; a text with commas between them will do.
     inductor: options handed on to Inductor.
     mode: one of Inductor's modes.
     autotune: kernels are timed while a graph is compiled for CUDA, and the fastest shape is kept on disk.
@@ -60,6 +65,13 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
     mode: str = "default"
     autotune: bool = False
+    stop_after: str | None = None
+    skip: tuple[str, ...] = ()
+
+    @property
+    def skips(self) -> Skips:
+        """What is left out."""
+        return Skips(self.skip)
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Options:
@@ -74,16 +86,17 @@ class Options:
         known = [f.name for f in fields(cls)]
         for key in given:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise OptionError(
-                    f"unknown option {key!r}{hint} Known options: {', '.join(known)}. "
+                    f"unknown option {key!r}{_hint(key, known)} Known options: {', '.join(known)}. "
                     f"Inductor's own options go into options={{'inductor': {{...}}}}"
                 )
         if "CLSA_DUMP" in os.environ:
             given.setdefault("dump", os.environ["CLSA_DUMP"])
         if "CLSA_STRICT" in os.environ:
             given.setdefault("strict", os.environ["CLSA_STRICT"] not in ("", "0"))
+        if os.environ.get("CLSA_STOP_AFTER"):
+            given.setdefault("stop_after", os.environ["CLSA_STOP_AFTER"])
+        given["skip"] = _names(given.get("skip", os.environ.get("CLSA_SKIP", "")))
         _take_plan(given)
         for key in _DENSE:
             if key in given and given.get("topk") is None:
@@ -124,6 +137,16 @@ class Options:
             ),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("autotune", isinstance(self.autotune, bool), "True or False"),
+            (
+                "stop_after",
+                self.stop_after is None or self.stop_after in STAGES,
+                f"one of {', '.join(STAGES)}{_hint(self.stop_after, STAGES)}",
+            ),
+            (
+                "skip",
+                isinstance(self.skip, tuple) and all(isinstance(name, str) and name for name in self.skip),
+                "names of passes and layers, with commas between them",
+            ),
         )
         if wrong := _share_problem(self.share):
             accepted = "'off', a number from 1, a schedule such as 'FSSS', a SharingPlan or its .json file"
@@ -146,7 +169,7 @@ class Options:
     def identity(self) -> str:
         """Returns a text that differs whenever what is compiled may differ; part of every cache key."""
         inductor = ",".join(f"{k}={self.inductor[k]!r}" for k in sorted(self.inductor))
-        names = ("topk", "pool", *_DENSE, "reclaim", "strict", "mode", "autotune")
+        names = ("topk", "pool", *_DENSE, "reclaim", "strict", "mode", "autotune", "stop_after", "skip")
         ours = ";".join(f"{name}={getattr(self, name)!r}" for name in names)
         share = self.share.digest() if isinstance(self.share, SharingPlan) else repr(self.share)
         return f"share={share};{ours};inductor={inductor}"
@@ -170,6 +193,18 @@ def _take_plan(given: dict[str, Any]) -> None:
             "or search for a plan with that number"
         )
     given.update(topk=share.topk, scope=share.scope, keep_first=share.keep_first, keep_last=share.keep_last)
+
+
+def _hint(given: object, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _names(given: object) -> object:
+    """Returns the names in a text, or those that were given one by one."""
+    if isinstance(given, str):
+        return tuple(name.strip() for name in given.split(",") if name.strip())
+    return tuple(given) if isinstance(given, list) else given
 
 
 def _is_count(value: object, least: int, most: float = math.inf) -> bool:

@@ -76,6 +76,8 @@ class Report:
             lines.append(_render(plan))
             lines += [_describe(group, plan) for group in plan.groups]
             lines += _schedule(plan)
+            if plan.skipped:
+                lines.append(f"left out on request: {', '.join(plan.skipped)}")
             if plan.savings is not None:
                 lines.append(in_words(plan.savings))
         return "\n".join(lines)

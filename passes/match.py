@@ -10,16 +10,19 @@ from torch.fx import Node
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import AttentionSite, Reason, Refused, Reject, Sites
+from clsa_compile.ir.skips import Skips
 from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.patterns.indexer import read_indexer
 from clsa_compile.passes.patterns.pattern import Context, Pattern, build_site
 from clsa_compile.passes.recover import Reader
 
+NO_SKIPS = Skips()
 
-def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
+
+def match(captured: Captured, families: tuple[Pattern, ...], skips: Skips = NO_SKIPS) -> Sites:
     """Returns every attention of a graph: as a site, or as a reject with its reason."""
     order = Order(captured.graph)
-    context = Context(order, Reader(order), read_indexer)
+    context = Context(order, Reader(order), _left_out if "indexer" in skips else read_indexer)
     by_anchor = {target: family for family in families for target in family.anchors}
     sites: list[AttentionSite] = []
     rejects: list[Reject] = []
@@ -38,10 +41,22 @@ def match(captured: Captured, families: tuple[Pattern, ...]) -> Sites:
             candidate = family.match(context, node)
             if candidate is None:
                 continue
-            sites.append(build_site(context, family.family, ordinal, module_path(node), candidate))
+            path = module_path(node)
+            _refuse_skipped(skips, family.family, path, layer_of(path, ordinal))
+            sites.append(build_site(context, family.family, ordinal, path, candidate))
         except Refused as refusal:
             rejects.append(Reject(ordinal, node.name, module_path(node), refusal.reason, refusal.detail))
     return Sites(tuple(sites), tuple(rejects))
+
+
+def _refuse_skipped(skips: Skips, family: str, path: str, number: int) -> None:
+    name = family if family in skips else skips.layer(path, number)
+    if name:
+        raise Refused(Reason.SKIPPED, f"the option 'skip' names {name!r}")
+
+
+def _left_out(*_: Any) -> Any:
+    raise Refused(Reason.SKIPPED, "the option 'skip' names 'indexer'")
 
 
 def _hidden_attention(node: Node) -> str | None:

@@ -73,8 +73,8 @@ class Numbering:
 class Merged:
     """What was merged: how many nodes each remaining one stands for besides itself, and writes that went."""
 
-    repeats: Counter[Node]
-    writes: tuple[Repeated, ...]
+    repeats: Counter[Node] = field(default_factory=Counter)
+    writes: tuple[Repeated, ...] = ()
 
 
 def merge(captured: Captured) -> Merged:
@@ -82,7 +82,7 @@ def merge(captured: Captured) -> Merged:
     graph = captured.graph
     found = number(graph)
     if not found.first:
-        return Merged(Counter(), ())
+        return Merged()
     if found.repeated:
         verify_repeated(Order(graph), found.repeated)
     dropped = {pair.write for pair in found.repeated}

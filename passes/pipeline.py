@@ -17,23 +17,27 @@ from torch.fx import Node
 
 from clsa_compile.errors import ClsaError, PassError
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.ops import REFERENCES
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sites import Sites
-from clsa_compile.ir.variants import Variant
+from clsa_compile.ir.skips import Skips
+from clsa_compile.ir.variants import Support, Variant
 from clsa_compile.passes.canonicalize import canonicalize
 from clsa_compile.passes.early import stop_early
 from clsa_compile.passes.families import FAMILIES
 from clsa_compile.passes.group import plan
 from clsa_compile.passes.lower import Choice, lower
-from clsa_compile.passes.match import match
-from clsa_compile.passes.number import merge
+from clsa_compile.passes.match import NO_SKIPS, match
+from clsa_compile.passes.number import Merged, merge
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.savings import savings
 from clsa_compile.passes.tables import keep_tables
 from clsa_compile.passes.verify import mutations, verify
 
+# Told of each stage that a graph has reached: canonical, matched, plan, rewritten, lowered. What it raises
+# ends the pipeline there.
 Observer = Callable[[str, Captured], None]
 
 
@@ -44,6 +48,7 @@ class Decision:
     sites: Sites
     plan: Plan
     reclaimed: tuple[Node, ...] = ()
+    skips: Skips = NO_SKIPS
 
 
 def decide(
@@ -52,20 +57,46 @@ def decide(
     *,
     reclaims: bool = False,
     request: Request | None = None,
+    skips: Skips = NO_SKIPS,
+    observe: Observer | None = None,
 ) -> Decision:
-    """Canonicalizes a graph, finds its attentions and plans what becomes of them."""
-    with _named("canonicalize"):
-        canonicalize(captured)
-    with _named("number"):
-        merged = merge(captured)
+    """Canonicalizes a graph, finds its attentions and plans what becomes of them.
+
+    Raises OptionError where `skips` has a name that is unlike anything.
+    """
+    observe = observe or _unobserved
+    if "canonicalize" not in skips:
+        with _named("canonicalize"):
+            canonicalize(captured)
+    merged = Merged()
+    if "number" not in skips:
+        with _named("number"):
+            merged = merge(captured)
+    observe("canonical", captured)
     with _named("match"):
-        sites = match(captured, FAMILIES)
+        sites = match(captured, FAMILIES, skips)
+    observe("matched", captured)
     with _named("plan"):
         decided = plan(sites, sharing, request, merged.repeats)
-        writes = reclaimable(captured, sites, decided) if reclaims else {}
+        writes = reclaimable(captured, sites, decided) if reclaims and "reclaim" not in skips else {}
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         saved = savings(captured, sites, decided, every)
-        return Decision(sites, replace(decided, invalid=tuple(writes), savings=saved), every)
+        decided = replace(decided, invalid=tuple(writes), savings=saved, skipped=skips.passes(_others(skips)))
+    return Decision(sites, decided, every, skips)
+
+
+def missing(decision: Decision) -> tuple[str, ...]:
+    """Returns names that were to be left out and that nothing in a graph bears, though others' layers may.
+
+    Raises OptionError for a name that is unlike anything.
+    """
+    return decision.skips.unknown(_others(decision.skips), [site.path for site in decision.plan.sites])
+
+
+def _others(skips: Skips) -> list[str]:
+    """Returns what may be left out besides passes: families, and variants of kernels that `skips` names."""
+    variants = [name for name in skips.names if name.partition(".")[0] in REFERENCES]
+    return [*(family.family for family in FAMILIES), *variants]
 
 
 def carry_out(
@@ -76,22 +107,36 @@ def carry_out(
     observe: Observer | None = None,
 ) -> tuple[Captured, tuple[Choice, ...]]:
     """Rewrites and lowers a graph as decided. `observe(stage, captured)` is called after each pass."""
+    observe = observe or _unobserved
+    skips = decision.skips
     kept = [node for node in mutations(captured.graph) if node not in decision.reclaimed]
     with _named("rewrite"):
         rewrite(captured, decision.sites, decision.plan)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
-        stop_early(captured)
-        keep_tables(captured)
+        if "early" not in skips:
+            stop_early(captured)
+        if "tables" not in skips:
+            keep_tables(captured)
         verify(captured, "rewrite", kept)
-    if observe is not None:
-        observe("rewritten", captured)
+    observe("rewritten", captured)
     with _named("lower"):
-        captured, choices = lower(captured, variants, wrap)
+        captured, choices = lower(captured, without(variants, skips), wrap)
         verify(captured, "lower", kept)
-    if observe is not None:
-        observe("lowered", captured)
+    observe("lowered", captured)
     return captured, choices
+
+
+def without(variants: tuple[Variant, ...], skips: Skips) -> tuple[Variant, ...]:
+    """Returns variants of which those that `skips` names, as "attention.decode", support nothing."""
+    if not skips.names:
+        return variants
+    no = Support(False, "the option 'skip' names it")
+    return tuple(replace(v, supports=lambda _: no) if f"{v.op}.{v.name}" in skips else v for v in variants)
+
+
+def _unobserved(stage: str, captured: Captured) -> None:
+    return None
 
 
 class _named:

@@ -27,7 +27,7 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
     indexers = {site.ordinal: site.indexer for site in sites.attention}
     index = [group for group in plan.groups if group.kind == "index"]
     read = {m: indexers[g.anchor] for g in index for m in g.members}
-    rewriter = _Rewriter(captured, plan.pools)
+    rewriter = _Rewriter(captured, plan.pools, bounds="mask_bounds" not in plan.skipped)
     for group in index:
         rewriter.offer(
             indexers[group.anchor], None if group.among is None else indexers[group.among], group.pool
@@ -43,8 +43,9 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
 class _Rewriter:
     """What several sites share: one index node a selection, one bounds node a mask, the mass of anchors."""
 
-    def __init__(self, captured: Captured, pools: tuple[Pool, ...] = ()) -> None:
+    def __init__(self, captured: Captured, pools: tuple[Pool, ...], bounds: bool) -> None:
         self._captured = captured
+        self._bounded = bounds
         self._indices: dict[Node, Node] = {}
         self._offers: dict[Node, tuple[IndexerSite, int]] = {}
         self._pooled: dict[tuple[Node, int], Node] = {}
@@ -223,7 +224,7 @@ class _Rewriter:
             tensor = emit.call(aten.bitwise_not.default, tensor)
         inputs = [emit.current(node) for node in mask.inputs]
         # Bounds are a hint to kernels; the CPU's reference does not read them.
-        if mask.is_open or q.meta["val"].device.type == "cpu":
+        if not self._bounded or mask.is_open or q.meta["val"].device.type == "cpu":
             return tensor, None, inputs
         key = (canonical(mask), _shape_key(q), _shape_key(k))
         if key not in self._bounds:

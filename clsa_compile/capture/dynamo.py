@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.exc import Unsupported as GraphBreak
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -51,9 +51,10 @@ def higher_order(module: GraphModule) -> str | None:
     return None
 
 
-def capture(module: GraphModule) -> Captured:
+def capture(module: GraphModule, replays: bool = True) -> Captured:
     """Returns Dynamo's graph in the dialect that passes read; the original is not touched.
 
+    With `replays`, calls that were traced before are written down again from what they became then.
     Raises CaptureError when an input has no fake value, or tracing fails.
     """
     inputs = placeholders(module)
@@ -63,7 +64,7 @@ def capture(module: GraphModule) -> Captured:
         # An interpreter keeps every node's origin while the dispatcher is traced.
         with fake_mode, preserve_node_meta():
             traced = make_fx(
-                Replaying(module).run,
+                (Replaying(module) if replays else Interpreter(module)).run,
                 pre_dispatch=True,
                 tracing_mode="real",
             )(*values)

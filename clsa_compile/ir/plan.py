@@ -82,6 +82,7 @@ class Plan:
     another one's index, which changes results. `invalid` are those among them whose index keys are no longer
     written. `pools` are the selections made from the attention mass of dense layers, which change results
     too; the schedule then has a letter for each dense layer that may share: F where it attends to all tokens.
+    `skipped` names the passes that were left out on request.
     """
 
     sites: tuple[SitePlan, ...]
@@ -91,6 +92,7 @@ class Plan:
     invalid: tuple[int, ...] = ()
     pools: tuple[Pool, ...] = ()
     savings: Savings | None = None
+    skipped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
@@ -102,6 +104,7 @@ class Plan:
             "invalid": list(self.invalid),
             "pools": [pool.to_dict() for pool in self.pools],
             "savings": None if self.savings is None else asdict(self.savings),
+            "skipped": list(self.skipped),
         }
 
     @classmethod
@@ -117,6 +120,7 @@ class Plan:
             None
             if (saved := data.get("savings")) is None
             else Savings(**{**saved, "idle": tuple(saved["idle"])}),
+            tuple(data.get("skipped", ())),
         )
 
     def strip(self, model: torch.nn.Module) -> int:

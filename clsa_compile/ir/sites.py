@@ -33,6 +33,7 @@ class Reason(StrEnum):
     TRITON = "triton"  # kernels for CUDA cannot be generated without Triton
     INDUCTOR = "inductor"  # Inductor failed on the rewritten graph
     CAPTURE = "capture"  # the graph could not be brought into the dialect
+    SKIPPED = "skipped"  # the option `skip` names it
 
 
 class Refused(Exception):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import triton
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
 
 import clsa_compile.backend
 from clsa_compile.backend import decided
@@ -19,7 +24,9 @@ from clsa_compile.config import Options
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.plan import Plan
-from clsa_compile.passes.pipeline import carry_out
+from clsa_compile.ir.variants import SUPPORTED
+from clsa_compile.kernels.catalog import VARIANTS
+from clsa_compile.passes.pipeline import carry_out, decide
 
 
 @dataclass
@@ -61,6 +68,27 @@ class Passes:
 @pytest.fixture
 def passes() -> Passes:
     return Passes()
+
+
+class H100:
+    """Just enough of a driver for Triton to write its first intermediate code."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def for_cuda(monkeypatch: pytest.MonkeyPatch) -> Captured:
+    """One decode step as it is lowered for CUDA, with no GPU: kernels are told to take anything."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(type(triton.runtime.driver), "active", H100())
+    mode = FakeTensorMode()
+    with mode:
+        q, k = (torch.empty(1, 4, n, 64, dtype=torch.bfloat16) for n in (1, 64))
+        module = make_fx(lambda q, k: F.scaled_dot_product_attention(q, k, k), pre_dispatch=True)(q, k)
+    captured = Captured(module, mode, "dynamo")
+    variants = tuple(replace(v, supports=lambda _: SUPPORTED) for v in VARIANTS)
+    return carry_out(captured, decide(captured), variants, torch.library.wrap_triton)[0]
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,12 @@ from torch.utils.checkpoint import checkpoint
 import clsa_compile.backend
 from clsa_compile import ClsaWarning, OptionError, StrictError
 from clsa_compile.backend import clsa, variants_for
-from clsa_compile.config import Options
+from clsa_compile.config import STAGES, Options
 from clsa_compile.dispatch import torch_kernels
 from clsa_compile.errors import CaptureError, MissingTritonError, PassError, VerifyError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.sites import Reason
+from clsa_compile.ir.skips import PASSES
 from clsa_compile.passes import pipeline
 from clsa_compile.testing import generate_steps, largest_difference, tiny
 
@@ -531,12 +532,169 @@ def test_a_dump_holds_every_stage(tmp_path: Path, without_inductor: list[Any]) -
     equal(Attention(), torch.randn(B, S, WIDTH), dump=str(tmp_path / "dumps"))
     (folder,) = (tmp_path / "dumps").iterdir()
     assert [p.name for p in sorted(folder.iterdir())] == [
-        "0_captured.py", "1_plan.json", "2_rewritten.py", "3_lowered.py", "4_choices.json",
+        "00_captured.py", "01_canonical.py", "02_sites.json", "02_sites.txt", "03_analysis.dot",
+        "04_plan.json", "04_plan.txt", "05_rewritten.py", "06_lowered.py", "07_choices.json",
+        "diff.patch", "repro.py", "timings.json",
     ]  # fmt: skip
-    assert "scaled_dot_product_attention" in (folder / "0_captured.py").read_text()
-    assert "clsa.attention" in (folder / "2_rewritten.py").read_text()
-    assert "clsa" not in (folder / "3_lowered.py").read_text()
-    assert json.loads((folder / "1_plan.json").read_text())["sites"][0]["action"] == "attention"
+    assert "scaled_dot_product_attention" in (folder / "00_captured.py").read_text()
+    assert "clsa.attention" in (folder / "05_rewritten.py").read_text()
+    assert "clsa" not in (folder / "06_lowered.py").read_text()
+    assert json.loads((folder / "04_plan.json").read_text())["sites"][0]["action"] == "attention"
+
+
+def test_a_graph_that_is_left_has_a_dump_that_says_why(tmp_path: Path, without_inductor: list[Any]) -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        caught(lambda: compiled(Attention(), dump=str(tmp_path))(torch.randn(B, S, WIDTH)))
+    assert "autocast is on" in (tmp_path / "graph_000" / "left.txt").read_text()
+
+
+def test_a_pass_that_fails_leaves_what_came_before_and_its_traceback(
+    tmp_path: Path, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(pipeline, "rewrite", broken)
+    equal(Attention(), torch.randn(B, S, WIDTH), dump=str(tmp_path))
+    folder = tmp_path / "graph_000"
+    text = (folder / "left.txt").read_text()
+    assert "the pass 'rewrite' failed: ZeroDivisionError: boom" in text
+    assert "in broken" in text
+    assert (folder / "04_plan.json").exists()
+    assert not (folder / "05_rewritten.py").exists()
+
+
+def test_a_disk_that_is_full_is_an_error_and_leaves_no_half_file(
+    tmp_path: Path, without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: Any) -> int:
+        with path.open("w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    run = compiled(Attention(), dump=str(tmp_path))
+    with torch.no_grad(), pytest.raises((OptionError, BackendCompilerFailed), match="No space left") as error:
+        run(torch.randn(B, S, WIDTH))
+    assert "00_captured.py' cannot be written" in str(error.value)
+    assert list((tmp_path / "graph_000").iterdir()) == []
+
+
+# -- bisecting -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_at_which_it_stops_computes_the_same(stage: str) -> None:
+    (message,) = equal(Attention(), torch.randn(B, S, WIDTH), stop_after=stage)
+    assert f"stopped after the stage {stage}" in message
+    assert counters["clsa"]["stopped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "op"),
+    [("captured", "scaled_dot_product"), ("plan", "scaled_dot_product"), ("rewritten", "clsa.attention")],
+)
+def test_the_graph_of_the_stage_goes_to_inductor(stage: str, op: str, without_inductor: list[Any]) -> None:
+    equal(Attention(), torch.randn(B, S, WIDTH), stop_after=stage)
+    (graph,) = without_inductor
+    assert sum(op in name for name in names(graph)) == 1
+    assert all("aten" in n or "clsa" in n or "getitem" in n for n in names(graph)), "what was captured"
+
+
+def test_stages_after_the_one_at_which_it_stops_do_not_run(
+    without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("boom")
+
+    for stage, name in (("captured", "canonicalize"), ("canonical", "match"), ("plan", "rewrite")):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, name, broken)
+            torch._dynamo.reset()
+            (message,) = equal(Attention(), torch.randn(B, S, WIDTH), stop_after=stage)
+            assert "stopped" in message
+
+
+class Two(nn.Module):
+    """Two layers of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["layers.1", "1"])
+def test_a_layer_that_is_left_out_is_said_to_be_and_is_no_complaint(
+    name: str, tmp_path: Path, without_inductor: list[Any]
+) -> None:
+    messages = equal(Two(), torch.randn(B, S, WIDTH), skip=name, strict=True, dump=str(tmp_path))
+    assert messages == [], "it was asked for"
+    assert (counters["clsa"]["attention"], counters["clsa"]["left"]) == (1, 1)
+    report = (tmp_path / "graph_000" / "04_plan.txt").read_text()
+    assert f"skipped: the option 'skip' names '{name}'" in report
+    assert "'skip': ('1',)" in (tmp_path / "graph_000" / "repro.py").read_text()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_that_is_left_out_is_said_to_be_and_changes_no_result(
+    name: str, tmp_path: Path, without_inductor: list[Any]
+) -> None:
+    assert equal(Two(), torch.randn(B, S, WIDTH), skip=[name], dump=str(tmp_path)) == []
+    assert counters["clsa"]["attention"] == 2
+    assert f"left out on request: {name}" in (tmp_path / "graph_000" / "04_plan.txt").read_text()
+
+
+def test_a_family_that_is_left_out_matches_nothing(without_inductor: list[Any]) -> None:
+    equal(Two(), torch.randn(B, S, WIDTH), skip="sdpa")
+    assert (counters["clsa"]["attention"], counters["clsa"]["left"]) == (0, 2)
+
+
+def test_a_variant_that_is_left_out_says_so_in_the_choices(
+    tmp_path: Path, without_inductor: list[Any]
+) -> None:
+    equal(Attention(), torch.randn(B, S, WIDTH), skip="attention.sdpa", dump=str(tmp_path))
+    (choice,) = json.loads((tmp_path / "graph_000" / "07_choices.json").read_text())
+    assert choice["variant"] == "reference"
+    assert choice["passed_over"] == ["sdpa: the option 'skip' names it"]
+
+
+def test_without_replay_every_call_is_traced(
+    without_inductor: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr("clsa_compile.capture.dynamo.Replaying", broken)
+    assert equal(Two(), torch.randn(B, S, WIDTH), skip="replay") == []
+
+
+def test_without_the_indexer_a_selection_is_a_mask(without_inductor: list[Any]) -> None:
+    model = tiny("glm_moe_dsa")
+    ids = torch.randint(0, 128, (2, 16))
+    with torch.no_grad():
+        expected = model(ids).logits
+        actual, _ = caught(lambda: compiled(model, skip="indexer")(ids).logits)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert (counters["clsa"]["sparse_attention"], counters["clsa"]["attention"]) == (0, 2)
+
+
+def test_a_name_that_is_unlike_all_is_an_error_with_a_hint(without_inductor: list[Any]) -> None:
+    for name, near in (("layer.1", "layers.1"), ("table", "tables"), ("edger", "eager")):
+        torch._dynamo.reset()
+        with torch.no_grad(), pytest.raises((OptionError, BackendCompilerFailed), match=near) as error:
+            compiled(Two(), skip=name)(torch.randn(B, S, WIDTH))
+        assert f"names '{name}', which is no pass and no layer" in str(error.value)
+
+
+def test_a_layer_that_another_graph_may_have_is_a_warning(without_inductor: list[Any]) -> None:
+    (message,) = equal(Two(), torch.randn(B, S, WIDTH), skip="layers.7")
+    assert "'layers.7'" in message
+    assert counters["clsa"]["attention"] == 2
 
 
 def test_a_dump_that_cannot_be_written_is_an_error(tmp_path: Path, without_inductor: list[Any]) -> None:

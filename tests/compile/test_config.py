@@ -16,7 +16,7 @@ from clsa_compile.ir.sharing import SharingPlan
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CLSA_DUMP", "CLSA_STRICT"):
+    for name in ("CLSA_DUMP", "CLSA_STRICT", "CLSA_STOP_AFTER", "CLSA_SKIP"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -92,6 +92,13 @@ def test_what_is_for_dense_layers_needs_a_number_of_tokens(key: str) -> None:
         ({"mode": None}, "one of default, reduce-overhead"),
         ({"autotune": 1}, "True or False"),
         ({"autotune": "yes"}, "True or False"),
+        (
+            {"stop_after": "plans"},
+            "one of captured, canonical, plan, rewritten, lowered; did you mean 'plan'",
+        ),
+        ({"stop_after": 3}, "one of captured"),
+        ({"skip": 3}, "names of passes and layers"),
+        ({"skip": ("tables", "")}, "names of passes and layers"),
     ],
 )
 def test_a_wrong_value_names_key_value_and_what_is_accepted(options: Any, accepted: str) -> None:
@@ -137,6 +144,18 @@ def test_the_environment_sets_the_dump_folder(monkeypatch: pytest.MonkeyPatch) -
     assert Options.read({"dump": "here"}).dump == "here"
 
 
+def test_the_environment_says_where_to_stop_and_what_to_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLSA_STOP_AFTER", "rewritten")
+    monkeypatch.setenv("CLSA_SKIP", "tables, layers.3,,12")
+    options = Options.read()
+    assert (options.stop_after, options.skip) == ("rewritten", ("tables", "layers.3", "12"))
+    given = Options.read({"stop_after": "plan", "skip": "mask_bounds"})
+    assert (given.stop_after, given.skip) == ("plan", ("mask_bounds",)), "what is given wins"
+    monkeypatch.setenv("CLSA_STOP_AFTER", "")
+    monkeypatch.setenv("CLSA_SKIP", "")
+    assert Options.read() == Options(), "an empty variable is none"
+
+
 def test_identities_differ_where_the_result_may() -> None:
     variants = [
         Options(),
@@ -148,6 +167,10 @@ def test_identities_differ_where_the_result_may() -> None:
         Options(inductor={"b": 1}),
         Options(inductor={"a": "1"}),
         Options(inductor={"a": 1, "b": 1}),
+        Options(stop_after="plan"),
+        Options(stop_after="lowered"),
+        Options(skip=("tables",)),
+        Options(skip=("tables", "layers.3")),
     ]
     assert len({v.identity() for v in variants}) == len(variants)
     assert Options(inductor={"a": 1, "b": 2}).identity() == Options(inductor={"b": 2, "a": 1}).identity()
