@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
+from rich.console import Console
 
 from clsa_compile.commands import COMMANDS
-from clsa_compile.errors import ClsaError, OptionError
-from clsa_compile.inspection import Report, inspect
+from clsa_compile.configurations import GRAPHS, Inspected, inspect_configuration
+from clsa_compile.errors import ClsaError
+from clsa_compile.prediction import LENGTHS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,17 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="clsa", description="Cross-layer sparse attention for torch.compile."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser(
-        "inspect", help="what clsa would do with a Hugging Face model; no weights needed"
-    )
-    look.add_argument("config", type=Path, help="a configuration file (config.json), or the folder it is in")
-    look.add_argument(
-        "--tokens", type=int, default=1, help="tokens of the step; 1 is a decode step (default)"
-    )
-    look.add_argument("--cache", type=int, default=4096, help="tokens that the static cache holds")
-    look.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
-    look.add_argument("--json", action="store_true", help="print the report as JSON")
-    look.set_defaults(run=_run_inspect)
+    _add_inspect(commands)
     for add in COMMANDS:
         add(commands)
     arguments = parser.parse_args(argv)
@@ -42,26 +34,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect", help="what clsa would do with a Hugging Face model, and its cost; no weights needed"
+    )
+    given = parser.add_mutually_exclusive_group(required=True)
+    config = "a configuration file (config.json), or the folder it is in"
+    given.add_argument("path", type=Path, nargs="?", metavar="config", help=config)
+    given.add_argument("--config", type=Path, help="the same")
+    parser.add_argument("--graph", choices=(*GRAPHS, "both"), default="both", help="default: both")
+    parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt (default 2048)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
+    parser.add_argument("--cache", type=int, help="tokens that the static cache holds (the longest of --at)")
+    parser.add_argument(
+        "--at", type=_lengths, default=LENGTHS, help="tokens in the cache to show numbers for: 4096,131072"
+    )
+    parser.add_argument("--device", help="h100, h200, b200 or a100 (default: what is at hand, else h100)")
+    parser.add_argument("--topk", type=int, help="the option 'topk', for dense models")
+    parser.add_argument("--share", help="the option 'share': a number, a schedule or a plan's file")
+    parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.set_defaults(run=_run_inspect)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    found = tuple(int(part) for part in text.split(","))
+    if not all(length > 0 for length in found):
+        raise ValueError(text)
+    return found
+
+
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    report = _inspect(arguments.config, arguments.attention, arguments.tokens, arguments.cache)
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    options: dict[str, Any] = {}
+    if arguments.topk is not None:
+        options["topk"] = arguments.topk
+    if arguments.share is not None:
+        options["share"] = int(arguments.share) if arguments.share.isdigit() else arguments.share
+    found = inspect_configuration(
+        arguments.config or arguments.path,
+        prompt=arguments.prompt,
+        cache=arguments.cache,
+        batch=arguments.batch,
+        attention=arguments.attention,
+        graphs=GRAPHS if arguments.graph == "both" else (arguments.graph,),
+        options=options,
+        lengths=arguments.at,
+        device=arguments.device,
+    )
+    # All is known before the first line is written.
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        _show(found)
     return 0
 
 
-def _inspect(config: Path, attention: str, tokens: int, cache: int) -> Report:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
-    except ImportError as error:
-        raise OptionError("inspecting a configuration needs transformers: pip install clsa[hf]") from error
-    try:
-        settings = AutoConfig.from_pretrained(config if config.is_dir() else config.parent)
-        settings._attn_implementation = attention
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings).eval()
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot make a model from {config}: {str(error).splitlines()[0]}") from error
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    return inspect(model, ids, past_key_values=StaticCache(config=settings, max_cache_len=cache))
+def _show(found: Inspected) -> None:
+    """Prints reports, as wide as the terminal, plain where they are piped."""
+    console = Console() if sys.stdout.isatty() else None
+    title = f"{found.model_type}, {found.parameters:.3g} parameters"
+    for name, report in found.reports.items():
+        print(f"== {name}: {title} ==")
+        if console is None:
+            print(report)
+        else:
+            console.print(report)
 
 
 if __name__ == "__main__":

@@ -78,21 +78,24 @@ def clsa(
 
 
 @roomy
-def examine(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Plan | str:
-    """Returns the plan for one Dynamo graph, or why the graph would be left alone; changes nothing."""
+def examine(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Captured, Decision] | str:
+    """Returns one Dynamo graph and what would be done with it, or why it would be left alone."""
     left = _left_whole(gm, example_inputs)
     if left is not None:
         return f"{left[0]}: {left[1]}"
     try:
-        plan = decided(capture(gm, "replay" not in options.skips), options).plan
+        captured = capture(gm, "replay" not in options.skips)
+        decision = decided(captured, options)
     except OptionError:
         raise
     except ClsaError as error:
         if options.strict:
             raise
         return f"{_why(gm, error)}: {error}"
-    _report(plan, options)
-    return plan
+    _report(decision.plan, options)
+    return captured, decision
 
 
 @uncollected()

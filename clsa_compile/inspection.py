@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
@@ -19,89 +15,51 @@ from torch.overrides import TorchFunctionMode
 from clsa_compile.backend import examine
 from clsa_compile.capture.dynamo import GraphBreak
 from clsa_compile.config import Options
-from clsa_compile.ir.plan import Group, Plan, SitePlan
-from clsa_compile.passes.savings import in_words
+from clsa_compile.errors import OptionError
+from clsa_compile.ir.plan import Plan
+from clsa_compile.layers import layers_of
+from clsa_compile.pace import roomy, uncollected
+from clsa_compile.prediction import LENGTHS, device_of, predict
+from clsa_compile.report import Details, Report
 
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was found in a model's graphs, and what a compile would do.
-
-    `plans` holds one plan a graph (a graph break makes several); `left_graphs` says why whole graphs are
-    left to Inductor.
-    """
-
-    plans: tuple[Plan, ...]
-    left_graphs: tuple[str, ...] = ()
-
-    @property
-    def sites(self) -> tuple[SitePlan, ...]:
-        """Every attention, in execution order: layer, path, kind, action, and the reason when left."""
-        return tuple(site for plan in self.plans for site in plan.sites)
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """Layers that share one index, or one pair of keys and values."""
-        return tuple(group for plan in self.plans for group in plan.groups)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data, ready for JSON."""
-        return {
-            "graphs": [plan.to_dict() for plan in self.plans],
-            "left_graphs": list(self.left_graphs),
-            "counts": self.counts(),
-        }
-
-    def counts(self) -> dict[str, int]:
-        """Returns what `torch._dynamo.utils.counters["clsa"]` would count."""
-        return {
-            "sites": len(self.sites),
-            "sparse_attention": sum(plan.count("sparse") for plan in self.plans),
-            "attention": sum(plan.count("attention") for plan in self.plans),
-            "index_topk": sum(group.kind == "index" for group in self.groups),
-            "left": sum(plan.count("left") for plan in self.plans),
-        }
-
-    def __str__(self) -> str:
-        counts = self.counts()
-        graphs = "graph" if len(self.plans) == 1 else "graphs"
-        lines = [
-            f"clsa: {counts['sites']} attentions in {len(self.plans)} {graphs}: "
-            f"{counts['sparse_attention']} sparse over selected tokens "
-            f"({counts['index_topk']} indexers run), {counts['attention']} dense with each key read once, "
-            f"{counts['left']} left as they were"
-        ]
-        lines += [f"left to Inductor whole: {reason}" for reason in self.left_graphs]
-        for plan in self.plans:
-            lines.append(_render(plan))
-            lines += [_describe(group, plan) for group in plan.groups]
-            lines += _schedule(plan)
-            if plan.skipped:
-                lines.append(f"left out on request: {', '.join(plan.skipped)}")
-            if plan.savings is not None:
-                lines.append(in_words(plan.savings))
-        return "\n".join(lines)
+__all__ = ["Report", "inspect"]
 
 
 def inspect(
-    model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    device: str | None = None,
+    **kwargs: Any,
 ) -> Report:
     """Captures `model(*args, **kwargs)` and reports what `backend="clsa"` would do with it.
 
     The model does not run: weights may be on the meta device or fake, and caches among the arguments stay
-    as they are. Capturing is done under `torch.no_grad()`. Raises OptionError for impossible options.
+    as they are. Capturing is done under `torch.no_grad()`. The report predicts bytes, flops and time for the
+    chip `device` ("h100", "h200", "b200", "a100"; the one at hand, or an H100, where nothing is said) and
+    shows them for `lengths`, numbers of tokens in the cache. Raises OptionError for what cannot be.
     """
     chosen = Options.read(options)
-    seen = _Seen(chosen)
+    chip = device_of(device)
+    shown = _checked(lengths)
+    seen = _Seen(chosen, chip, shown)
     try:
         _capture(seen.stop, True, model, args, kwargs)
     except _Stop:
         return seen.report()
     except GraphBreak:
         # Graph breaks: go through all graphs with made-up results instead of stopping at the first.
-        seen = _Seen(chosen)
+        seen = _Seen(chosen, chip, shown)
         _capture(seen.imagine, False, model, args, kwargs)
     return seen.report()
+
+
+def _checked(lengths: Sequence[int]) -> tuple[int, ...]:
+    good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths)
+    if not lengths or not good:
+        raise OptionError(f"lengths are {lengths!r}; give numbers of tokens, such as {LENGTHS}")
+    return tuple(sorted(set(lengths)))
 
 
 class _Stop(BaseException):
@@ -111,28 +69,30 @@ class _Stop(BaseException):
 class _Seen:
     """A backend that only looks."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, device: Any, lengths: tuple[int, ...]) -> None:
         self._options = options
+        self._device = device
+        self._lengths = lengths
         self._plans: list[Plan] = []
+        self._details: list[Details] = []
         self._left: list[str] = []
 
     def report(self) -> Report:
-        return Report(tuple(self._plans), tuple(self._left))
+        return Report(tuple(self._plans), tuple(self._left), tuple(self._details), self._lengths)
 
     def _look(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         result = examine(gm, inputs, self._options)
-        if isinstance(result, Plan):
-            self._plans.append(result)
-        else:
+        if isinstance(result, str):
             self._left.append(result)
+            return
+        captured, decision = result
+        self._plans.append(decision.plan)
+        prediction = predict(captured, decision, self._device)
+        self._details.append(Details(layers_of(captured, decision), prediction))
 
     def stop(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._look(gm, inputs)
-
-        def run(*_: Any) -> Any:
-            raise _Stop
-
-        return run
+        raise _Stop
 
     def imagine(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._look(gm, inputs)
@@ -160,6 +120,7 @@ class _CopyTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@roomy
 def _capture(backend: Any, fullgraph: bool, model: Any, args: Any, kwargs: Any) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -172,8 +133,34 @@ def _capture(backend: Any, fullgraph: bool, model: Any, args: Any, kwargs: Any) 
     # Objects such as caches are copied, their tensors are not: what Python does to them is undone.
     with _CopyTensors(treat):
         args, kwargs = copy.deepcopy((args, kwargs))
-    with torch.no_grad():
+    if treat is not _as_it_is:
+        _devices_off_meta([*args, *kwargs.values()])
+    with torch.no_grad(), uncollected():
         torch.compile(fresh, backend=backend, fullgraph=fullgraph)(*args, **kwargs)
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _devices_off_meta(values: Sequence[Any]) -> None:
+    """Makes copied objects, such as caches, that remember the meta device remember the CPU."""
+    seen: set[int] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, list | tuple):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif not isinstance(value, torch.Tensor | torch.nn.Module | type) and hasattr(value, "__dict__"):
+            own = vars(value)
+            remembered = [n for n, v in own.items() if isinstance(v, torch.device) and v.type == "meta"]
+            own.update(dict.fromkeys(remembered, torch.device("cpu")))
+            stack += own.values()
 
 
 def _off_meta(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
@@ -183,7 +170,7 @@ def _off_meta(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
     by Dynamo; on a fake CPU they are not.
     """
     if not isinstance(model, torch.nn.Module) or not any(p.is_meta for p in model.parameters()):
-        return model, lambda x: x
+        return model, _as_it_is
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
 
@@ -203,88 +190,3 @@ def _off_meta(model: Any) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else fake(buffer)
     return copied, fake
-
-
-def _render(plan: Plan) -> str:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("layers", "module", "kind", "action", "heads", "mask", "index", "reason"):
-        table.add_column(column, overflow="fold")
-    for first, last, entry in _runs(plan.sites):
-        layers = str(first.layer) if first is last else f"{first.layer}-{last.layer}"
-        table.add_row(
-            layers,
-            entry.path if first is last else f"{first.path} ...",
-            entry.kind,
-            entry.action,
-            f"{entry.heads}/{entry.kv_heads}" if entry.heads else "",
-            entry.mask,
-            f"top {entry.topk} of {entry.score}" if entry.topk else "",
-            entry.reason,
-        )
-    out = io.StringIO()
-    Console(file=out, width=160, force_terminal=False, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
-
-
-def _runs(sites: tuple[SitePlan, ...]) -> Iterator[tuple[SitePlan, SitePlan, SitePlan]]:
-    """Yields (first, last, entry) for runs of consecutive sites that differ in nothing but the layer."""
-    start = 0
-    for i in range(1, len(sites) + 1):
-        if i == len(sites) or _kin(sites[i]) != _kin(sites[start]):
-            yield sites[start], sites[i - 1], sites[start]
-            start = i
-
-
-def _kin(site: SitePlan) -> tuple[Any, ...]:
-    return (
-        site.kind, site.action, site.reason, site.family, site.heads, site.kv_heads, site.scale,
-        site.softcap, site.mask, site.score, site.topk,
-    )  # fmt: skip
-
-
-def _schedule(plan: Plan) -> list[str]:
-    if plan.pools:
-        layers = {site.ordinal: str(site.layer) for site in plan.sites}
-        members = ", ".join(layers[m] for pool in plan.pools for m in pool.members)
-        tokens = " or ".join(sorted({str(pool.topk) for pool in plan.pools}))
-        return [
-            f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence "
-            "instead of all. This changes results; `clsa_compile.evaluate` says by how much"
-        ]
-    layers = {site.ordinal: str(site.layer) for site in plan.sites}
-    again = [layers[group.anchor] for group in plan.groups if group.among is not None]
-    changes = []
-    if plan.shares:
-        members = ", ".join(layers[ordinal] for ordinal in plan.shares)
-        changes.append(f"layers {members} do not run their indexers")
-    if again:
-        changes.append(f"layers {', '.join(again)} run them over offered tokens only")
-    if not changes:
-        return []
-    lines = [
-        f"schedule {plan.schedule}: {', '.join(changes)}. This changes results; the model was trained to "
-        "select tokens in each of them"
-    ]
-    if plan.invalid:
-        members = ", ".join(layers[ordinal] for ordinal in plan.invalid)
-        lines.append(
-            f"the index keys of layers {members} are not written: no other code may select tokens by them"
-        )
-    return lines
-
-
-def _describe(group: Group, plan: Plan) -> str:
-    layers = {site.ordinal: site.layer for site in plan.sites}
-    members = ", ".join(str(layers[m]) for m in group.members)
-    if group.kind == "kv":
-        return f"layers {members} read the same keys and values"
-    if group.kind == "mass":
-        subject = f"layers {members} attend" if len(group.members) > 1 else f"layer {members} attends"
-        return f"{subject} to the {group.topk} tokens that layer {layers[group.anchor]} looked at most"
-    among = ""
-    if group.among is not None:
-        among = f", selected from the {group.pool} best tokens of layer {layers[group.among]}"
-    if len(group.members) == 1:
-        return f"layer {members} has an index of its own{among}"
-    equal = f": {group.repeats + 1} indexers compute the same, one runs" if group.repeats else ""
-    return f"layers {members} share the index of layer {layers[group.anchor]}{equal}{among}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from clsa_compile.errors import OptionError
 
 # Bytes a second that the memory moves at most, by a part of the device's name; the first match counts.
 BANDWIDTHS = (
@@ -21,6 +23,20 @@ BANDWIDTHS = (
     ("A100", 1.56e12),
     ("L40", 0.864e12),
     ("RTX 4090", 1.01e12),
+)
+
+# Multiplications and additions a second of dense bfloat16 products by the data sheet, in the same way.
+RATES = (
+    ("H100 PCIe", 7.56e14),
+    ("H100 NVL", 8.35e14),
+    ("H100", 9.89e14),
+    ("H200", 9.89e14),
+    ("H800", 9.89e14),
+    ("B200", 2.25e15),
+    ("A100", 3.12e14),
+    ("L40S", 3.62e14),
+    ("L40", 1.81e14),
+    ("RTX 4090", 1.65e14),
 )
 
 
@@ -52,9 +68,38 @@ class Device:
             return H100
         return _present(torch.cuda.current_device() if device.index is None else device.index)
 
+    @staticmethod
+    def named(name: str) -> Device:
+        """Returns a chip by its short name. Raises OptionError with the names that are known."""
+        found = NAMED.get(name.lower())
+        if found is None:
+            raise OptionError(f"no device is called {name!r}; known are {', '.join(NAMED)}")
+        return found
+
+    @property
+    def rate(self) -> float:
+        """Multiplications and additions a second of dense bfloat16 products, by the data sheet."""
+        return next((rate for part, rate in RATES if part in self.name), RATES_UNKNOWN)
+
 
 # NVIDIA H100 80GB HBM3, on which every measurement in benchmarks/ was made.
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 3.35e12, 233472, 232448, 65536, 2.85)
+RATES_UNKNOWN = 9.89e14
+
+# For predictions where no such chip is at hand: data sheets, with the time between kernels of the H100.
+NAMED = {
+    "h100": H100,
+    "h200": replace(H100, name="NVIDIA H200", bandwidth=4.8e12),
+    "b200": replace(H100, name="NVIDIA B200", sms=148, bandwidth=8.0e12),
+    "a100": replace(
+        H100,
+        name="NVIDIA A100-SXM4-80GB",
+        sms=108,
+        bandwidth=2.04e12,
+        shared=167936,
+        program_shared=166912,
+    ),
+}
 
 
 @functools.cache

@@ -76,28 +76,29 @@ def _path(node: Node) -> str:
 
 def _scan(indexer: IndexerSite, read: int = 0) -> tuple[int, int]:
     """Returns (bytes, flops) of scoring all index keys but those that are read."""
-    b, heads, s, width = _sizes(indexer.q)
-    keys = max(_sizes(indexer.k)[2] - read, 0)
+    b, heads, s, width = sizes_of(indexer.q)
+    keys = max(sizes_of(indexer.k)[2] - read, 0)
     item = indexer.k.root.meta["val"].itemsize
     return b * keys * width * item, 2 * b * heads * s * keys * width
 
 
 def _skipped(site: AttentionSite, topk: int) -> tuple[int, int]:
     """Returns (bytes, flops) of attending to all keys but `topk`."""
-    b, heads, s, width = _sizes(site.q)
-    kv_heads, keys = _sizes(site.k)[1:3]
-    widths = width + _sizes(site.v)[3]
+    b, heads, s, width = sizes_of(site.q)
+    kv_heads, keys = sizes_of(site.k)[1:3]
+    widths = width + sizes_of(site.v)[3]
     left = max(keys - topk, 0)
     item = site.k.root.meta["val"].itemsize
     return b * kv_heads * left * widths * item, 2 * b * heads * s * left * widths
 
 
 def _rows(operand: Operand) -> int:
-    b, _, s, _ = _sizes(operand)
+    b, _, s, _ = sizes_of(operand)
     return b * s
 
 
-def _sizes(operand: Operand) -> tuple[int, ...]:
+def sizes_of(operand: Operand) -> tuple[int, ...]:
+    """Returns the size of each role of an operand, as it is in the call that was captured."""
     shape = operand.root.meta["val"].shape
     return tuple(1 if d is None else _example(shape[d]) for d in operand.dims)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import Node
 
-__all__ = ["line_of", "short_path"]
+__all__ = ["caller_of", "line_of", "short_path"]
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)')
 
@@ -27,7 +27,20 @@ def line_of(node: Node) -> str:
     """Returns the model's source line that a node comes from, or ""."""
     trace: Any = node.meta.get("stack_trace")
     frames = _FRAME.findall(trace or "")
-    if not frames:
-        return ""
-    path, line, function, code = frames[-1]
+    return _text(frames[-1]) if frames else ""
+
+
+def caller_of(node: Node) -> str:
+    """Returns the line of the innermost `forward` that calls a helper which a node comes from, or "".
+
+    Models hand attention to functions that they share, whose lines say little.
+    """
+    trace: Any = node.meta.get("stack_trace")
+    frames = _FRAME.findall(trace or "")
+    forwards = [frame for frame in frames if frame[2] == "forward"]
+    return _text(forwards[-1]) if forwards and forwards[-1] is not frames[-1] else ""
+
+
+def _text(frame: tuple[str, str, str, str]) -> str:
+    path, line, function, code = frame
     return f"{short_path(path)}:{line} in {function}: {code.strip()}".rstrip(": ")

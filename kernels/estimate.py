@@ -1,0 +1,113 @@
+"""How long an operation takes, as a straight line over the number of keys: for reports, not for choices.
+
+The cost model of `kernels/cost.py` is a step function of waves and chains; between 4096 keys and a million it
+lies within a few percent of the line through two of its values (`test_estimate.py`), and a line can be read.
+What that model does not know is fitted to `benchmarks/NOTES.md` (H100), and scaled by bandwidth elsewhere:
+selection, attention mass, prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clsa_compile.kernels.choice import ranked
+from clsa_compile.kernels.cost import Sizes
+from clsa_compile.kernels.device import H100, Device
+from clsa_compile.kernels.launch import padded_width
+
+# Lengths that the line of a kernel over all keys goes through.
+NEAR, FAR = 4096, 131072
+# Shares of the data sheet that were measured: products with weights (bytes, flops), torch's attention of
+# prompts, the scan of a prompt's index, a gather by many rows.
+PRODUCT_REACHED, PRODUCT_RATE = 0.82, 0.7
+PROMPT_RATE = 0.45
+SCAN_RATE = 0.5
+GATHER_REACHED = 0.9
+# Microseconds of a selection: two launches, then per key of its longest row and per key of all further rows.
+SELECT_FIXED, SELECT_ROW, SELECT_ROWS = 9.9, 2.9 / 131072, 0.57 / 131072
+# Mass from stored scores: beside its bytes; and what storing them costs the pass, as a factor.
+MASS_FIXED, STORED = 4.5, 1.08
+# Products of float32 beside those of bfloat16.
+FLOAT32_RATE = 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Microseconds: `fixed` plus `slope` for each key."""
+
+    fixed: float
+    slope: float
+
+
+def attention(sizes: Sizes, device: Device, stored: bool = False) -> Line:
+    """Returns the time of dense attention of a few query rows; `stored`: its scores are kept for mass."""
+    line = _through("attention_decode", sizes, device, NEAR, FAR)
+    return Line(line.fixed, line.slope * STORED) if stored else line
+
+
+def sparse(sizes: Sizes, device: Device) -> Line:
+    """Returns the time of attention to `sizes.T` selected tokens, over the number of tokens."""
+    return _through("sparse_attention", sizes, device, max(sizes.T // 4, 1), max(sizes.T, 2))
+
+
+def scan(sizes: Sizes, device: Device) -> Line:
+    """Returns the time of scoring index keys for a few query rows."""
+    name = "index_scan_single" if sizes.G == 1 else "index_scan"
+    return _through(name, sizes, device, NEAR, FAR)
+
+
+def prompt_attention(sizes: Sizes, device: Device) -> Line:
+    """Returns the time of dense attention of many query rows: `sizes.G` rows a kv head in all."""
+    return _roofline(sizes, device, PROMPT_RATE)
+
+
+def prompt_scan(sizes: Sizes, device: Device) -> Line:
+    """Returns the time of scoring index keys for many query rows."""
+    return _roofline(sizes, device, SCAN_RATE)
+
+
+def select(rows: int, device: Device) -> Line:
+    """Returns the time of choosing the best keys of `rows` rows."""
+    slope = (SELECT_ROW + SELECT_ROWS * (rows - 1)) * H100.bandwidth / device.bandwidth
+    return Line(SELECT_FIXED, slope)
+
+
+def mass(rows: int, heads: int, sets: int, device: Device) -> Line:
+    """Returns the time of making `sets` rows of mass for each query row from the stored scores of `heads`."""
+    return Line(device.launch_us + MASS_FIXED, 1e6 * rows * (2 * heads + 4 * sets) / device.bandwidth)
+
+
+def product(size: float, flops: float, itemsize: int, device: Device) -> float:
+    """Returns the microseconds of a product with `size` bytes of weights."""
+    busy = max(size / (PRODUCT_REACHED * device.bandwidth), flops / (PRODUCT_RATE * rate(itemsize, device)))
+    return device.launch_us + 1e6 * busy
+
+
+def rate(itemsize: int, device: Device) -> float:
+    """Returns flops a second for elements of so many bytes."""
+    return device.rate if itemsize <= 2 else device.rate * FLOAT32_RATE
+
+
+def _roofline(sizes: Sizes, device: Device, reached: float) -> Line:
+    rows = sizes.B * sizes.Hkv
+    width = sizes.D + sizes.Dv
+    read = rows * width * sizes.E / device.bandwidth
+    computed = 2 * rows * sizes.G * width / (reached * rate(sizes.E, device))
+    return Line(2 * device.launch_us, 1e6 * max(read, computed))
+
+
+def _through(name: str, sizes: Sizes, device: Device, near: int, far: int) -> Line:
+    padded = replace(sizes, D=padded_width(sizes.D), Dv=padded_width(sizes.Dv) if sizes.Dv else 0)
+    times = []
+    for keys in (near, far):
+        best = ranked(name, replace(padded, T=keys), device)
+        if not best:  # wide heads, which the model has no shape for
+            read = sizes.B * sizes.Hkv * (sizes.D + sizes.Dv) * sizes.E
+            return Line(2 * device.launch_us, 1e6 * read / (GATHER_REACHED * device.bandwidth))
+        # Near ones are equal to the model, so its own order is not asked for.
+        times.append(min(us for us, _ in best))
+    slope = (times[1] - times[0]) / (far - near)
+    return Line(times[0] - slope * near, slope)
+
+
+__all__ = ["Line", "attention", "mass", "product", "prompt_attention", "prompt_scan", "scan", "select"]
