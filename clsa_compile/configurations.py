@@ -129,7 +129,7 @@ def _model(path: Path, attention: str) -> tuple[Any, Any]:
         raise OptionError("inspecting a configuration needs transformers: pip install clsa[hf]") from error
     data = _read(path / "config.json" if path.is_dir() else path)
     kind = data.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise OptionError(
             f"cannot make a model from {path}: this transformers has no model type {kind!r}; "
             "upgrade it, or pass a model of your own to clsa_compile.inspect"
@@ -159,7 +159,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _cache(model: Any, config: Any, batch: int, length: int, is_empty: bool) -> Any:
     """Returns a static cache that has its tensors, as `generate` makes them before a compiled step.
 
-    A model that does not run on the meta device gets one that makes them in its graph.
+    Windows are full unless it is to be empty: their length is a number that Python knows, and decides what a
+    step does. A model that does not run on the meta device gets a cache that makes its tensors in the graph.
     """
     from transformers import StaticCache
 
@@ -169,6 +170,10 @@ def _cache(model: Any, config: Any, batch: int, length: int, is_empty: bool) -> 
             model(torch.zeros(batch, 1, dtype=torch.long, device="meta"), past_key_values=cache)
         if is_empty:
             cache.reset()
+            return cache
+        for layer in cache.layers:
+            if hasattr(layer, "cumulative_length_int"):
+                layer.cumulative_length_int = length
     except Exception:
         cache = StaticCache(config=config, max_cache_len=length)
     return cache

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -13,7 +14,7 @@ from clsa_compile.dispatch import kernels
 from clsa_compile.dump.source import caller_of, line_of
 from clsa_compile.errors import MissingTritonError
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.masks import interval
+from clsa_compile.ir.masks import conjuncts, interval
 from clsa_compile.ir.plan import Plan, SitePlan
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, Operand
 from clsa_compile.ir.variants import Facts, select
@@ -157,10 +158,11 @@ def _index(indexer: IndexerSite) -> Index:
 
 def window_of(site: AttentionSite) -> int | None:
     """Returns how many tokens a query reads at most by its mask's formula; None where that is no number."""
-    bounds = interval(site.mask.predicate)
-    if bounds is None:
-        return None
-    spans = [high - low for low in bounds[0] for high in bounds[1]]
+    # Conditions of another kind, as on packed sequences, only take more away.
+    bounds = [found for part in conjuncts(site.mask.predicate) if (found := interval(part)) is not None]
+    lows = [low for found in bounds for low in found[0]]
+    highs = [high for found in bounds for high in found[1]]
+    spans = [sympy.expand(high - low) for low in lows for high in highs]
     return min((int(span) for span in spans if span.is_Integer), default=None)
 
 

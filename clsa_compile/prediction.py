@@ -18,9 +18,9 @@ All tokens of a cache count as filled. Rows of a prompt see T - (S - 1) / 2 keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -37,9 +37,6 @@ from clsa_compile.passes.reclaim import Dying, operands, replaced
 from clsa_compile.passes.savings import sizes_of
 from clsa_compile.products import Outside, outside
 
-if TYPE_CHECKING:
-    from clsa_compile.kernels.device import Device
-
 __all__ = ["LENGTHS", "Cost", "Prediction", "T", "crossing", "device_of", "predict", "rounded"]
 
 T = sympy.Symbol("T", integer=True, positive=True)
@@ -47,6 +44,8 @@ T = sympy.Symbol("T", integer=True, positive=True)
 LENGTHS = (4096, 131072)
 # Longest cache at which a break-even is looked for.
 LONGEST = 2**24
+# kernels/device.py's, which only what predicts needs: drivers import kernels where they call them.
+Device = Any
 
 # Of Inductor's graphs: the share of the bandwidth that copies and products of K and V reach, and flops of a
 # prompt's attention; how often scores in float32 move where attention is written out.
@@ -99,7 +98,11 @@ class Prediction:
     break_even: int | None = None
     break_evens: Mapping[int, int | None] = field(default_factory=dict)
 
-    def to_dict(self, lengths: tuple[int, ...]) -> dict[str, Any]:
+    def sensible(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Returns the lengths that hold at least the queries themselves; those alone where none does."""
+        return tuple(t for t in lengths if t >= self.queries) or (self.queries,)
+
+    def to_dict(self, lengths: Sequence[int]) -> dict[str, Any]:
         """Returns formulas, and numbers at `lengths`, ready for JSON."""
         return {
             "device": self.device,
@@ -107,14 +110,14 @@ class Prediction:
             "queries": self.queries,
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
-            "at": [_numbers(t, self.before, self.after) for t in lengths],
+            "at": [_numbers(t, self.before, self.after) for t in self.sensible(lengths)],
             "break_even": self.break_even,
             "layers": [
                 {
                     "ordinal": ordinal,
                     "before": before.to_dict(),
                     "after": after.to_dict(),
-                    "at": [_numbers(t, before, after) for t in lengths],
+                    "at": [_numbers(t, before, after) for t in self.sensible(lengths)],
                     "break_even": self.break_evens.get(ordinal),
                 }
                 for ordinal, (before, after) in self.layers.items()
@@ -354,7 +357,9 @@ class _Step:
 
     def _choice(self, pool: Pool) -> Cost:
         b, _, s, _ = sizes_of(self.site.q)
-        return self._selection(b * s * pool.sets, self.keys(self.slots), pool.topk)
+        rows, n = b * s * pool.sets, self.keys(self.slots)
+        # What is always kept is marked in a copy of the mass.
+        return self._selection(rows, n, pool.topk) + Cost(8 * rows * n)
 
 
 def _sizes(b: int, hkv: int, g: int, t: int, d: int, dv: int, item: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +98,8 @@ def outside(
             made.add(node)
     made.update(_maker(node) for node in operands if not is_gone(node))
     made -= attentions
-    found.others += sum(node.op == "call_function" and node.target not in _PRODUCTS for node in made)
+    counted = {*_PRODUCTS, *_ALONE}
+    found.others += sum(node.op == "call_function" and node.target not in counted for node in made)
     return found
 
 
@@ -138,8 +140,14 @@ def _looked_up(node: Node) -> int:
 
 def _maker(node: Node) -> Node:
     """Returns the node that computes what a node sees through views."""
-    while node.op == "call_function" and (view := step(node)) is not None and not view.copies:
-        node = view.root
+    while node.op == "call_function":
+        view = step(node)
+        if view is not None and not view.copies:
+            node = view.root
+        elif node.target is operator.getitem and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
+            break
     return node
 
 

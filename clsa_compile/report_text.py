@@ -45,7 +45,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
         if details is None:
             yield _plan_table(plan)
         else:
-            yield _layer_table(details, report.lengths[-1])
+            yield _layer_table(details, report.lengths)
             yield from map(Text, _left(details.layers))
         yield from map(Text, _of_plan(plan))
         if details is not None and details.prediction is not None:
@@ -86,7 +86,7 @@ def _table(columns: Iterable[str], numbers: bool = False) -> Table:
 
 def _plan_table(plan: Plan) -> Table:
     table = _table(("layers", "module", "kind", "action", "heads", "mask", "index", "reason"))
-    for run in _runs(plan.sites, _kin):
+    for run in _runs(plan.sites):
         entry = run[0]
         table.add_row(
             _numbers(run),
@@ -101,14 +101,19 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _layer_table(details: Details, tokens: int) -> Table:
+def _layer_table(details: Details, lengths: Sequence[int]) -> Table:
     columns = ["layers", "module", "attention", "mask", "cache", "index", "what will run"]
-    costs = {} if details.prediction is None else details.prediction.layers
+    found = details.prediction
+    costs = {} if found is None else found.layers
+    tokens = 0 if found is None else found.sensible(lengths)[-1]
     table = _table([*columns, f"us at {tokens}"] if costs else columns)
-    for run in _runs(details.layers, _alike):
+    alike: dict[Layer, list[Layer]] = {}
+    for layer in details.layers:
+        alike.setdefault(_alike(layer), []).append(layer)
+    for run in alike.values():
         layer = run[0]
         row = [
-            _numbers(run),
+            _ranges([layer.layer for layer in run]),
             _module(run),
             _attention(layer),
             layer.mask + (f" (window {layer.window})" if layer.window else ""),
@@ -166,11 +171,11 @@ def _left(layers: Sequence[Layer]) -> Iterator[str]:
             yield f"    so are layers {', '.join(str(layer.layer) for layer in found[1:])}"
 
 
-def _runs(entries: Sequence[Any], kin: Any) -> Iterator[list[Any]]:
+def _runs(entries: Sequence[SitePlan]) -> Iterator[list[SitePlan]]:
     """Yields runs of consecutive entries that differ in nothing but the layer."""
-    run: list[Any] = []
+    run: list[SitePlan] = []
     for entry in entries:
-        if run and kin(entry) != kin(run[0]):
+        if run and _kin(entry) != _kin(run[0]):
             yield run
             run = []
         run.append(entry)
@@ -183,7 +188,8 @@ def _kin(site: SitePlan) -> SitePlan:
 
 
 def _alike(layer: Layer) -> Layer:
-    return replace(layer, ordinal=0, layer=0, path="", source="", caller="", reason=layer.reason)
+    """Returns a layer without what tells it from those that are listed with it."""
+    return replace(layer, ordinal=0, layer=0, path="", source="", caller="", group="")
 
 
 def _numbers(run: Sequence[Any]) -> str:
@@ -274,7 +280,7 @@ def _prediction(found: Prediction, lengths: Sequence[int]) -> Iterator[Renderabl
     rows = f"{found.queries} tokens" if found.queries > 1 else "a token"
     yield Text(f"predicted for {rows} a sequence, batch {found.batch}, on {found.device}:")
     table = _table(("tokens in cache", "bytes", "->", "flops", "->", "ms", "->", "faster"), numbers=True)
-    for tokens in lengths:
+    for tokens in found.sensible(lengths):
         before, after = found.before.at(tokens), found.after.at(tokens)
         pairs = [text for i in (0, 1) for text in (_short(before[i]), _short(after[i]))]
         times = [f"{side[2] / 1e3:.4g}" for side in (before, after)]

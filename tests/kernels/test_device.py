@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from clsa_compile.errors import OptionError
 from clsa_compile.kernels import device as device_module
 from clsa_compile.kernels.device import H100, Device, bandwidth
 
@@ -76,3 +77,12 @@ def test_a_real_chip() -> None:
     assert found.sms > 0
     assert 1e11 < found.bandwidth < 2e13
     assert 0 < found.program_shared <= found.shared
+
+
+def test_chips_by_name() -> None:
+    assert Device.named("H100") is H100
+    a100 = Device.named("a100")
+    assert (a100.sms, a100.bandwidth, a100.rate) == (108, 2.04e12, 3.12e14)
+    assert H100.rate == 9.89e14
+    with pytest.raises(OptionError, match="no device is called 'z80'; known are h100, h200, b200, a100"):
+        Device.named("z80")
