@@ -11,7 +11,6 @@ import torch
 from torch.fx import Node
 
 from clsa_compile.dispatch import kernels
-from clsa_compile.dump.source import caller_of, line_of
 from clsa_compile.errors import MissingTritonError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.masks import conjuncts, interval
@@ -57,12 +56,12 @@ class Layer:
     ordinal: int
     layer: int
     path: str
-    source: str
-    caller: str
     kind: str
     action: str
     runs: str
     reason: str = ""
+    source: str = ""
+    caller: str = ""
     group: str = ""
     kernels: tuple[str, ...] = ()
     batch: int = 0
@@ -96,13 +95,22 @@ def layers_of(captured: Captured, decision: Decision) -> tuple[Layer, ...]:
     )
 
 
+def _places(node: Node | None) -> tuple[str, str]:
+    """Returns the line that a node comes from, and the model's own where that is a helper's."""
+    # Whoever compiles imports this module, and need not wait for what writes dumps.
+    from clsa_compile.dump.source import caller_of, line_of
+
+    return ("", "") if node is None else (line_of(node), caller_of(node))
+
+
 def _left(entry: SitePlan, node: Node | None) -> Layer:
+    source, caller = _places(node)
     return Layer(
         ordinal=entry.ordinal,
         layer=entry.layer,
         path=entry.path,
-        source="" if node is None else line_of(node),
-        caller="" if node is None else caller_of(node),
+        source=source,
+        caller=caller,
         kind=entry.kind,
         action=entry.action,
         runs="left as it was",
@@ -113,12 +121,13 @@ def _left(entry: SitePlan, node: Node | None) -> Layer:
 def _layer(site: AttentionSite, entry: SitePlan, decision: Decision, longest: int) -> Layer:
     b, _, s, width = sizes_of(site.q)
     keys, value_width = sizes_of(site.k)[2], sizes_of(site.v)[3]
+    source, caller = _places(site.out)
     return Layer(
         ordinal=entry.ordinal,
         layer=entry.layer,
         path=entry.path,
-        source=line_of(site.out),
-        caller=caller_of(site.out),
+        source=source,
+        caller=caller,
         kind=entry.kind,
         action=entry.action,
         runs=_runs(entry, decision.plan),
@@ -152,7 +161,7 @@ def _index(indexer: IndexerSite) -> Index:
         scale=indexer.scale,
         topk=indexer.topk,
         mask=describe_mask(indexer.mask),
-        source=line_of(indexer.topk_node),
+        source=_places(indexer.topk_node)[0],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["parts", "plain"]
 
 WIDTH = 160
+# So many layers in a row are written as a range, in sentences.
+MANY = 5
 
 
 def plain(report: Report) -> str:
@@ -110,10 +113,11 @@ def _layer_table(details: Details, lengths: Sequence[int]) -> Table:
     alike: dict[Layer, list[Layer]] = {}
     for layer in details.layers:
         alike.setdefault(_alike(layer), []).append(layer)
-    for run in alike.values():
-        layer = run[0]
+    for kind, run in alike.items():
+        # Lines below say which layers read which one's tokens, where that differs.
+        layer = run[0] if len({layer.runs for layer in run}) == 1 else replace(run[0], runs=kind.runs)
         row = [
-            _ranges([layer.layer for layer in run]),
+            _ranges((layer.layer for layer in run), 3),
             _module(run),
             _attention(layer),
             layer.mask + (f" (window {layer.window})" if layer.window else ""),
@@ -168,7 +172,7 @@ def _left(layers: Sequence[Layer]) -> Iterator[str]:
             if place:
                 yield f"    {place}"
         if found[1:]:
-            yield f"    so are layers {', '.join(str(layer.layer) for layer in found[1:])}"
+            yield f"    so are layers {_ranges((layer.layer for layer in found[1:]), MANY)}"
 
 
 def _runs(entries: Sequence[SitePlan]) -> Iterator[list[SitePlan]]:
@@ -189,7 +193,8 @@ def _kin(site: SitePlan) -> SitePlan:
 
 def _alike(layer: Layer) -> Layer:
     """Returns a layer without what tells it from those that are listed with it."""
-    return replace(layer, ordinal=0, layer=0, path="", source="", caller="", group="")
+    runs = re.sub(r"layer \d+", "an earlier layer", layer.runs)
+    return replace(layer, ordinal=0, layer=0, path="", source="", caller="", group="", runs=runs)
 
 
 def _numbers(run: Sequence[Any]) -> str:
@@ -206,42 +211,44 @@ def _module(run: Sequence[Any]) -> str:
 def _groups(plan: Plan) -> Iterator[str]:
     layers = {site.ordinal: site.layer for site in plan.sites}
     alone = [g for g in plan.groups if g.kind == "index" and len(g.members) == 1 and g.among is None]
+    if len(alone) < MANY:
+        alone = []
     for group in plan.groups:
-        if group not in alone[1:] or len(alone) < 3:
-            if group in alone and len(alone) >= 3:
-                yield f"layers {_ranges([layers[g.anchor] for g in alone])} have an index of their own each"
-            else:
-                yield _describe(group, plan)
+        if group not in alone:
+            yield _describe(group, plan)
+        elif group is alone[0]:
+            yield f"layers {_ranges([layers[g.anchor] for g in alone], 3)} have an index of their own each"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Returns ascending numbers as `0-3, 7`."""
+def _ranges(numbers: Iterable[int], least: int) -> str:
+    """Returns ascending numbers as `0-9, 12`: so many in a row, and more, as a range."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][-1] + 1:
             found[-1].append(number)
         else:
             found.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+    texts = [[f"{run[0]}-{run[-1]}"] if len(run) >= least else map(str, run) for run in found]
+    return ", ".join(text for run in texts for text in run)
 
 
 def _schedule(plan: Plan) -> list[str]:
     if plan.pools:
-        layers = {site.ordinal: str(site.layer) for site in plan.sites}
-        members = ", ".join(layers[m] for pool in plan.pools for m in pool.members)
+        layers = {site.ordinal: site.layer for site in plan.sites}
+        members = _ranges((layers[m] for pool in plan.pools for m in pool.members), MANY)
         tokens = " or ".join(sorted({str(pool.topk) for pool in plan.pools}))
         return [
             f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence "
             "instead of all. This changes results; `clsa_compile.evaluate` says by how much"
         ]
-    layers = {site.ordinal: str(site.layer) for site in plan.sites}
+    layers = {site.ordinal: site.layer for site in plan.sites}
     again = [layers[group.anchor] for group in plan.groups if group.among is not None]
     changes = []
     if plan.shares:
-        members = ", ".join(layers[ordinal] for ordinal in plan.shares)
+        members = _ranges((layers[ordinal] for ordinal in plan.shares), MANY)
         changes.append(f"layers {members} do not run their indexers")
     if again:
-        changes.append(f"layers {', '.join(again)} run them over offered tokens only")
+        changes.append(f"layers {_ranges(again, MANY)} run them over offered tokens only")
     if not changes:
         return []
     lines = [
@@ -249,7 +256,7 @@ def _schedule(plan: Plan) -> list[str]:
         "select tokens in each of them"
     ]
     if plan.invalid:
-        members = ", ".join(layers[ordinal] for ordinal in plan.invalid)
+        members = _ranges((layers[ordinal] for ordinal in plan.invalid), MANY)
         lines.append(
             f"the index keys of layers {members} are not written: no other code may select tokens by them"
         )
@@ -258,7 +265,7 @@ def _schedule(plan: Plan) -> list[str]:
 
 def _describe(group: Group, plan: Plan) -> str:
     layers = {site.ordinal: site.layer for site in plan.sites}
-    members = ", ".join(str(layers[m]) for m in group.members)
+    members = _ranges((layers[m] for m in group.members), MANY)
     if group.kind == "kv":
         return f"layers {members} read the same keys and values"
     if group.kind == "mass":

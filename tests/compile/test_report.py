@@ -17,7 +17,7 @@ from transformers import StaticCache
 
 from clsa_compile import Report, inspect
 from clsa_compile.report import SCHEMA
-from clsa_compile.report_text import WIDTH
+from clsa_compile.report_text import WIDTH, _ranges
 from clsa_compile.testing import tiny
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "inspect"
@@ -143,11 +143,11 @@ def test_layers_that_are_left_for_the_same_reason_are_named_once() -> None:
 
 def test_many_indexers_take_one_line() -> None:
     model = tiny(
-        "glm_moe_dsa", num_hidden_layers=4, mlp_layer_types=["dense"] * 4, indexer_types=["full"] * 4
+        "glm_moe_dsa", num_hidden_layers=5, mlp_layer_types=["dense"] * 5, indexer_types=["full"] * 5
     )
     ids = torch.zeros(1, 12, dtype=torch.long)
     text = str(inspect(model, ids, use_cache=False))
-    assert "layers 0-3 have an index of their own each" in text
+    assert "layers 0-4 have an index of their own each" in text
     assert "has an index of its own" not in text
 
 
@@ -166,3 +166,30 @@ def test_layers_that_are_alike_are_one_row_wherever_they_stand() -> None:
     rows = [line.split()[:4] for line in text.splitlines() if line[:1].isdigit()]
     assert rows[0][:3] == ["0,", "2,", "4"]
     assert rows[1][:3] == ["1,", "3,", "5"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "least", "text"),
+    [
+        ([], 3, ""),
+        ([4], 3, "4"),
+        ([0, 1], 3, "0, 1"),
+        ([0, 1, 2], 3, "0-2"),
+        ([0, 1, 2, 3], 5, "0, 1, 2, 3"),
+        ([0, 1, 2, 3, 4, 8, 10, 11], 5, "0-4, 8, 10, 11"),
+    ],
+)
+def test_layers_in_a_row(numbers: list[int], least: int, text: str) -> None:
+    assert _ranges(numbers, least) == text
+
+
+def test_layers_that_read_different_indices_are_one_row_too() -> None:
+    model = tiny(
+        "glm_moe_dsa", num_hidden_layers=4, mlp_layer_types=["dense"] * 4, indexer_types=["full"] * 4
+    )
+    text = str(inspect(model, torch.zeros(1, 12, dtype=torch.long), use_cache=False, options={"share": 2}))
+    rows = [line for line in text.splitlines() if line[:1].isdigit()]
+    assert [row.split("  ")[0] for row in rows[:2]] == ["0, 2", "1, 3"]
+    assert "the index of" in text
+    assert "an earlier layer" in " ".join(text.split())
+    assert "layers 2, 3 share the index of layer 2" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clsa_compile.dump.source import line_of, short_path
+from clsa_compile.dump.source import caller_of, line_of, short_path
 
 
 def test_paths_are_relative_to_where_python_finds_modules(
@@ -31,3 +31,15 @@ def test_the_innermost_line_is_named() -> None:
         'File "/a/inner.py", line 3, in inner\n    return x + 1\n'
     )
     assert line_of(node) == "inner.py:3 in inner: return x + 1"
+
+
+def test_a_helper_is_called_from_a_line_of_the_model() -> None:
+    node = torch.fx.Graph().placeholder("x")
+    assert caller_of(node) == ""
+    frames = (("model.py", 7, "forward"), ("layer.py", 20, "forward"), ("shared.py", 3, "attend"))
+    trace = [f'  File "{path}", line {line}, in {name}\n    code_{line}()\n' for path, line, name in frames]
+    node.meta["stack_trace"] = "".join(trace)
+    assert line_of(node) == "shared.py:3 in attend: code_3()"
+    assert caller_of(node) == "layer.py:20 in forward: code_20()"
+    node.meta["stack_trace"] = "".join(trace[:2])
+    assert caller_of(node) == "", "the line is the model's own"
