@@ -331,9 +331,8 @@ def save(path: Path, results: Results) -> None:
 def run(arguments: argparse.Namespace, bench: Bench, results: Results, path: Path) -> bool:
     """Measures what is missing; returns False when time ran out."""
     begin = time.monotonic()
-    missing = [
-        c for c in cells(arguments, bench.config) if wanted(c, arguments) and c.key not in results.cells
-    ]
+    asked = [c for c in cells(arguments, bench.config) if wanted(c, arguments)]
+    missing = [c for c in asked if arguments.again or c.key not in results.cells]
     if missing:
         results.bandwidth.append(read_bandwidth(bench.device))
         console.print(f"{len(missing)} cells; the device reads {results.bandwidth[-1] / 1e12:.2f} TB/s")
@@ -380,6 +379,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, help="begin no cell that would likely end later")
     parser.add_argument("--quick", action="store_true", help="compute all from two numbers of layers")
+    parser.add_argument("--again", action="store_true", help="also measure what is there, as after a change")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--lengths", type=int, nargs="+", help="8192, 32768, 131072")
@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; see the module for the exit code."""
     chosen = parse_arguments(arguments)
     device = torch.device(chosen.device)
-    if device.type != "cuda":
+    if device.type != "cuda" and not chosen.report:
         console.print("No CUDA device: these are no GPU numbers, and CUDA graphs are off.")
     config = PRESETS["small" if chosen.tiny else "4b"]
     config = replace(config, layers=chosen.layers or config.layers)

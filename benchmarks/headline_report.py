@@ -6,11 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from decoders import VARIANTS, Config, attention_bytes
-from matplotlib import pyplot
 from rich.table import Table
 
 GIB = 2**30
@@ -30,8 +26,9 @@ NOTES = """\
 - **attention ms**: the step less the same step with attention and selection left out; **share** of the step.
   **floor ms**: cache bytes that attention and selection must read over the bandwidth of a plain sum.
 - **e2e**: batch x generated tokens over (batch x one prefill + the sum of their decode steps). Steps between
-  measured lengths are interpolated, and beyond the longest extrapolated, linearly; the sequences of a batch
-  are prefilled one after the other. Nothing was generated end to end.
+  measured lengths are interpolated, and beyond the longest extrapolated, linearly; where one length
+  was measured, all steps take as long. The sequences of a batch are prefilled one after the other. Nothing
+  was generated end to end.
 - **KV GiB**: what the device allocated for the cache. **formula**: its bytes by the sizes; layers with a
   window keep a window.
 - **peak GiB**: the most that tensors held during the decode steps, weights and graphs' pools included.
@@ -217,7 +214,7 @@ def failures(results: Results) -> Iterator[str]:
             yield f"- {key}: {cell['error']}"
 
 
-def draw_decode(found: list[Row], path: Path) -> None:
+def draw_decode(pyplot: Any, found: list[Row], path: Path) -> None:
     """Draws tokens a second by batch, a picture a length; hollow where computed."""
     lengths = sorted({r.length for r in found})
     figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.5 * len(lengths), 4), squeeze=False)
@@ -237,10 +234,12 @@ def draw_decode(found: list[Row], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.legend(fontsize="small")
     figure.suptitle("decode steps (hollow: computed from fewer layers)")
-    finish(figure, path)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
-def draw_end_to_end(found: list[Row], path: Path) -> None:
+def draw_end_to_end(pyplot: Any, found: list[Row], path: Path) -> None:
     """Draws end to end tokens a second at the largest batch of each length."""
     figure, axes = pyplot.subplots(1, len(GENERATED), figsize=(5.5 * len(GENERATED), 4), squeeze=False)
     lengths = sorted({r.length for r in found})
@@ -258,14 +257,23 @@ def draw_end_to_end(found: list[Row], path: Path) -> None:
         axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
         if axis.patches:
             axis.legend(fontsize="small")
-    finish(figure, path)
-
-
-def finish(figure: Any, path: Path) -> None:
-    """Writes a picture."""
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def draw(found: list[Row], out: Path) -> None:
+    """Draws two pictures, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: pip install matplotlib; --report draws them later, also elsewhere")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw_decode(pyplot, found, out.with_name(out.name + "_decode.png"))
+    draw_end_to_end(pyplot, found, out.with_name(out.name + "_end_to_end.png"))
 
 
 def write_report(results: Results, out: Path) -> Table:
@@ -274,8 +282,7 @@ def write_report(results: Results, out: Path) -> Table:
     lines = list(texts(found))
     out.with_name(out.name + ".md").write_text(markdown(results, lines))
     if any(r.step is not None for r in found):
-        draw_decode(found, out.with_name(out.name + "_decode.png"))
-        draw_end_to_end(found, out.with_name(out.name + "_end_to_end.png"))
+        draw(found, out)
     table = Table(title=f"{results.environment['device']}; {out.name}.md says how columns are made")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("decoder", "how") else "right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,18 @@ def test_only_and_minutes_leave_cells_for_later(measured: list[Cell], tmp_path: 
     assert {(c.kind, c.length) for c in measured} == {("prefill", 512), ("decode", 256)}
     assert headline.main([*out, "--minutes", "-1"]) == 2
     assert len(measured) == 10
+    assert headline.main([*out, "--only", "prefill/512", "--again"]) == 0
+    assert len(measured) == 15
+
+
+def test_without_matplotlib_there_is_a_table(
+    measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h"), "--only", "decode/256/2"]
+    assert headline.main(out) == 0
+    assert "no pictures: pip install matplotlib" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.json", "h.md"]
 
 
 def test_a_decoder_that_departs_from_eager_fails_the_run(
