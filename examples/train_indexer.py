@@ -52,8 +52,9 @@ class Settings:
     length: int
     batch: int
     steps: tuple[int, int, int]
-    drill: int  # first steps: sequences full of pairs, at first of few keys; else recall comes much later
-    rates: tuple[float, float, float] = (2e-2, 3e-3, 2e-3)
+    # First steps, of sequences full of pairs, half of them of few keys: without, recall comes much later.
+    drill: int
+    rates: tuple[float, float, float] = (3e-2, 3e-3, 3e-3)
     symbols: int = 64
     lessons: float = 0.5  # of the sequences that have pairs, after the drill
     emphasis: float = 4.0  # of what a key stands for, in the loss
@@ -67,8 +68,8 @@ class Settings:
 SIZES = {
     "small": Settings(
         Config(vocabulary=VOCABULARY, layers=8, hidden=512, ffn=1536, heads=8, kv_heads=2, head_dim=64,
-               window=16, topk=64, index_dim=64),
-        length=1024, batch=32, steps=(3000, 500, 500), drill=500, evaluated=256,
+               window=4, topk=128, index_dim=64),
+        length=1024, batch=32, steps=(3000, 500, 500), drill=800, evaluated=256,
     ),
     "tiny": Settings(
         Config(vocabulary=VOCABULARY, layers=4, hidden=64, ffn=192, heads=4, kv_heads=2, head_dim=16,
@@ -130,7 +131,7 @@ class Trainer:
         matrices = [w for w in trained.values() if not any(w is p for p in plain)]
         found: list[Optimizer] = [AdamW(plain, betas=(0.9, 0.95), weight_decay=0.0)]
         if matrices:
-            found.append(Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+            found.append(Muon(matrices, weight_decay=0.05, adjust_lr_fn="original"))
         return found
 
     @property
@@ -179,7 +180,7 @@ class Trainer:
         place, steps = self.state.step, self.settings.steps[self.state.stage]
         factor = min(1.0, (place + 1) / min(30, steps)) * min(1.0, 0.1 + 1.8 * (1 - place / steps))
         rate = self.settings.rates[self.state.stage] * factor
-        adam = 1.0 if self.stage == "index" else 0.15  # what is no matrix learns more slowly
+        adam = 1.0 if self.stage == "index" else 0.1  # what is no matrix learns more slowly
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * (adam if isinstance(optimizer, AdamW) else 1.0)
@@ -246,7 +247,8 @@ def batch(settings: Settings, data: Tensor, state: State) -> tuple[Tensor, Tenso
     drill = state.stage == 0 and state.step < settings.drill
     largest, symbols = settings.length // 2, settings.symbols
     if drill:
-        symbols = min(symbols, EASY << int(state.step * (symbols // EASY).bit_length() / settings.drill))
+        grown = max(0.0, 2 * state.step / settings.drill - 1) * (symbols // EASY).bit_length()
+        symbols = min(symbols, EASY << int(grown))
     for i in range(settings.batch if drill else round(settings.batch * settings.lessons)):
         fewest = largest if drill else max(settings.length // 16, 1)
         pairs = int(torch.randint(fewest, largest + 1, (), generator=generator))

@@ -1,5 +1,6 @@
 """What a training run came to: a table, a verdict, and a picture of its losses and coverage."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def draw(state: State, path: Path) -> None:
         (right, ("index", "best", "recent", "chance"), {"marker": "."}),
     ):
         for name in names:
-            points = [(i, entry[name]) for i, entry in enumerate(state.history, 1) if name in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, **style)
+            values = [entry.get(name, math.nan) for entry in state.history]  # a gap where a stage has none
+            known = [i for i, value in enumerate(values) if axis is left or not math.isnan(value)]
+            axis.plot([i + 1 for i in known], [values[i] for i in known], label=name, **style)
         stages = [entry["stage"] for entry in state.history]
         for i in range(1, len(stages)):
             if stages[i] != stages[i - 1]:
