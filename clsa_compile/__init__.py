@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from clsa_compile.calibration.searching import search
     from clsa_compile.calibration.task_report import TaskReport
     from clsa_compile.calibration.tasks import evaluate_tasks
+    from clsa_compile.checking import Check, check
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Check",
     "ClsaError",
     "ClsaWarning",
     "Group",
@@ -42,23 +44,26 @@ __all__ = [
     "SitePlan",
     "StrictError",
     "TaskReport",
+    "check",
     "evaluate",
     "evaluate_tasks",
     "inspect",
     "search",
 ]
 
-# Only a search or an evaluation needs these: importing clsa_compile stays cheap.
+# Few need these: importing clsa_compile stays cheap.
 _LAZY = {
-    "Quality": "quality",
-    "TaskReport": "task_report",
-    "evaluate": "judging",
-    "evaluate_tasks": "tasks",
-    "search": "searching",
+    "Check": "checking",
+    "Quality": "calibration.quality",
+    "TaskReport": "calibration.task_report",
+    "check": "checking",
+    "evaluate": "calibration.judging",
+    "evaluate_tasks": "calibration.tasks",
+    "search": "calibration.searching",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"clsa_compile.calibration.{_LAZY[name]}"), name)
+    return getattr(import_module(f"clsa_compile.{_LAZY[name]}"), name)

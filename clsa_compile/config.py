@@ -109,19 +109,19 @@ class Options:
         checks = (
             (
                 "topk",
-                self.topk is None or _is_count(self.topk, 1, MOST_TOKENS),
+                self.topk is None or is_count(self.topk, 1, MOST_TOKENS),
                 f"1 to {MOST_TOKENS}, or None",
             ),
             (
                 "pool",
-                self.pool is None or _is_count(self.pool, 2, MOST_TOKENS),
+                self.pool is None or is_count(self.pool, 2, MOST_TOKENS),
                 f"2 to {MOST_TOKENS}, or None",
             ),
             ("scope", self.scope in SCOPES, " or ".join(map(repr, SCOPES))),
-            ("dense_layers", _is_count(self.dense_layers, 0), "a number from 0"),
-            ("dense_below", _is_count(self.dense_below, 0), "a number from 0"),
-            ("keep_first", _is_count(self.keep_first, 0), "a number from 0"),
-            ("keep_last", _is_count(self.keep_last, 0), "a number from 0"),
+            ("dense_layers", is_count(self.dense_layers, 0), "a number from 0"),
+            ("dense_below", is_count(self.dense_below, 0), "a number from 0"),
+            ("keep_first", is_count(self.keep_first, 0), "a number from 0"),
+            ("keep_last", is_count(self.keep_last, 0), "a number from 0"),
             ("prefill", self.prefill in PREFILLS, " or ".join(map(repr, PREFILLS))),
             ("reclaim", isinstance(self.reclaim, bool), "True or False"),
             ("strict", isinstance(self.strict, bool), "True or False"),
@@ -186,7 +186,12 @@ def _take_plan(given: dict[str, Any]) -> None:
         if key in given:
             raise OptionError(f"the option {key!r} comes from the plan in 'share'; leave it out")
     if share.kind == "index":
-        return  # the model's own number of tokens stands
+        if given.get("topk") is not None:
+            raise OptionError(
+                f"topk={given['topk']!r} is for dense layers, and the plan in 'share' is for layers with "
+                f"indexers, which select {share.topk} tokens as they were trained to; leave 'topk' out"
+            )
+        return
     if given.get("topk", share.topk) != share.topk:
         raise OptionError(
             f"topk={given['topk']!r} and the plan's {share.topk} contradict each other; leave 'topk' out, "
@@ -207,7 +212,8 @@ def _names(given: object) -> object:
     return tuple(given) if isinstance(given, list) else given
 
 
-def _is_count(value: object, least: int, most: float = math.inf) -> bool:
+def is_count(value: object, least: int, most: float = math.inf) -> bool:
+    """Tells whether a value is a whole number between two, both included."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

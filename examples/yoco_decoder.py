@@ -309,17 +309,18 @@ class Decoder(nn.Module):
 
         ids [B, S] are the tokens at `positions` [S]; the cache holds all before them.
         """
-        step = self._step(positions, cache, cache.length or cache.seen + ids.shape[1])
+        step = self.new_step(positions, cache, cache.length or cache.seen + ids.shape[1])
         x = self.embedding(ids)
         memory = None
         for i, layer in enumerate(self.layers):
             if i == self.config.self_layers:
-                memory = self._remember(x, step)
+                memory = self.remember(x, step)
             x = layer(x, memory, step)
         cache.advance(ids.shape[1])
         return self.head(self.norm(x)[:, -logits_to_keep:])
 
-    def _step(self, positions: Tensor, cache: Cache, keys: int) -> Step:
+    def new_step(self, positions: Tensor, cache: Cache, keys: int) -> Step:
+        """Returns what all layers have in common over tokens at `positions` [S] and `keys` slots."""
         config = self.config
         base = 5e5 if config.attention == "transformer" else 1e4  # for long and for short distances
         half = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -330,7 +331,7 @@ class Decoder(nn.Module):
         local = causal & (kv > q - config.window)
         return Step(positions, (angles.cos().to(dtype), angles.sin().to(dtype)), local, causal, cache)
 
-    def _remember(self, x: Tensor, step: Step) -> Memory:
+    def remember(self, x: Tensor, step: Step) -> Memory:
         """Projects the one pair of keys and values that all cross layers read."""
         hidden = self.memory_norm(x)
         keys, values = step.cache.shared

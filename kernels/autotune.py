@@ -27,7 +27,7 @@ from clsa_compile.kernels.catalog import sources_hash
 from clsa_compile.kernels.choice import choosing, ranked
 from clsa_compile.kernels.cost import Shape, Sizes
 from clsa_compile.kernels.device import Device
-from clsa_compile.kernels.render import default_folder, write_whole
+from clsa_compile.kernels.render import default_folder, write
 
 log = logging.getLogger("clsa_compile")
 
@@ -100,7 +100,7 @@ def best(
         "microseconds": [{**asdict(shape), "took": took} for shape, took in times.items()],
     }
     try:
-        write_whole(path, json.dumps(text, indent=1) + "\n")
+        write(path, json.dumps(text, indent=1) + "\n")
     except KernelError as error:
         warnings.warn(f"clsa's autotuning is not kept: {error}", stacklevel=2)
     return chosen

@@ -11,7 +11,6 @@ import hashlib
 import importlib.resources
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import jinja2
 
 from clsa_compile.errors import KernelError
+from clsa_compile.ir.files import write_text
 from clsa_compile.ir.masks import parse_predicate, predicate_to_triton
 from clsa_compile.ir.scores import parse_score, pointwise_to_triton
 
@@ -54,7 +54,7 @@ def _compiled_templates() -> jinja2.BytecodeCache | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None  # `write_whole` will say which folder cannot be written
+        return None  # `write` will say which folder cannot be written
     return jinja2.FileSystemBytecodeCache(str(folder)) if os.access(folder, os.W_OK) else None
 
 
@@ -117,21 +117,10 @@ def _tidy(text: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also when several processes write it at once.
-
-    Raises KernelError when the folder cannot be written.
-    """
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises KernelError when the folder cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(path, text)
     except OSError as error:
         raise KernelError(
             f"cannot write the generated kernel {path}: {error}; "
@@ -147,7 +136,7 @@ def load_module(template: str, text: str, folder: Path | None = None) -> Any:
     if key in _MODULES:
         return _MODULES[key]
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
+        write(path, text)
     spec = importlib.util.spec_from_file_location(f"clsa_kernel_{template}_{digest}", path)
     if spec is None or spec.loader is None:
         raise KernelError(f"cannot import the generated kernel {path}")

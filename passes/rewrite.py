@@ -20,6 +20,9 @@ from clsa_compile.passes.tidy import drop_dead
 
 aten = torch.ops.aten
 
+# In a node's meta: the ordinal of the attention whose output it is now.
+SITE = "clsa_site"
+
 
 def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
     """Replaces every planned attention by a contract op, and every selection by one index node."""
@@ -97,6 +100,7 @@ class _Rewriter:
                 both = emit.call(torch.ops.clsa.attention.default, q, k, v, *tail(site.mask))
                 result = emit.call(operator.getitem, both, 0)
             result = emit.like(_arrange(emit, result, site.out_roles), site.out)
+        result.meta[SITE] = site.ordinal
         site.out.replace_all_uses_with(result)
         self._replaced[site.out] = result
         self._captured.graph.erase_node(site.out)

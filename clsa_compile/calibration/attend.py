@@ -198,26 +198,28 @@ def best(mass: Tensor, topk: int, keep_first: int, keep_last: int) -> Tensor:
 def all_below(call: Operands, chosen: Tensor, dense_below: int) -> Tensor:
     """Returns the mask with all keys in rows whose readable ones lie within `dense_below` positions."""
     whole = chosen.clone()
-    keys = call.k.shape[2]
-    positions = torch.arange(keys, device=chosen.device)
     for rows, end in call.blocks():
         allowed = call.allowed(rows, end)
         if allowed is None:
             allowed = torch.ones((1, 1, len(rows), end), dtype=torch.bool, device=chosen.device)
-        readable = allowed.any(1)
-        start = torch.where(readable, positions[:end], keys).amin(-1)
-        last = torch.where(readable, positions[:end], -1).amax(-1)
-        whole[:, :, rows] |= (last - start < dense_below)[:, None, :, None]
+        start, stop = _reach(allowed.any(1))
+        whole[:, :, rows] |= (stop - start <= dense_below)[:, None]
     return whole
 
 
 def ends(readable: Tensor, keep_first: int, keep_last: int) -> Tensor:
     """Returns which of the readable tokens [..., T] are always selected: those at both ends."""
+    positions = torch.arange(readable.shape[-1], device=readable.device)
+    start, stop = _reach(readable)
+    return readable & ((positions < start + keep_first) | (positions >= stop - keep_last))
+
+
+def _reach(readable: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the position [..., 1] of the first readable token [..., T], and the one after the last."""
     keys = readable.shape[-1]
     positions = torch.arange(keys, device=readable.device)
     start = torch.where(readable, positions, keys).amin(-1, keepdim=True)
-    end = torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
-    return readable & ((positions < start + keep_first) | (positions >= end - keep_last))
+    return start, torch.where(readable, positions + 1, 0).amax(-1, keepdim=True)
 
 
 def indexed(call: Operands, weight: Tensor | None, lse: Tensor | None, score: Score, topk: int) -> Tensor:

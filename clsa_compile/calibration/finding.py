@@ -33,26 +33,36 @@ class Finder(Protocol):
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors with one more."""
 
+    def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors after greedy flips by the loss on the sequences that a search may look at."""
+
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of some anchors, and what was measured of it."""
 
 
 def found(finder: Finder, count: int | None, budget: float | None) -> Found:
     """Returns the plan for a number of anchors, a budget, or both."""
-    if count is None:
-        assert budget is not None
-        return _least(finder, finder.anchors, 1, budget)
-    first = finder.anchors(count)
     if budget is None:
-        return finder.judged(first)
-    grown = [first]
-    while len(grown[-1]) < finder.layers:
-        grown.append(finder.grown(grown[-1]))
-    return _least(finder, lambda n: grown[n - count], count, budget)
+        assert count is not None
+        return finder.judged(finder.flipped(finder.anchors(count)))
+    if count is None:
+        anchors, kept = _least(finder, finder.anchors, 1, budget)
+    else:
+        grown = [finder.anchors(count)]
+        while len(grown[-1]) < finder.layers:
+            grown.append(finder.grown(grown[-1]))
+        anchors, kept = _least(finder, lambda n: grown[n - count], count, budget)
+    moved = finder.flipped(anchors)
+    if moved == anchors:
+        return kept
+    tried = finder.judged(moved)
+    return tried if tried.quality.perplexity_increase <= budget else kept
 
 
-def _least(finder: Finder, anchors: Callable[[int], tuple[int, ...]], low: int, budget: float) -> Found:
-    """Returns the plan of the fewest anchors, `low` at least, that stays within a budget."""
+def _least(
+    finder: Finder, anchors: Callable[[int], tuple[int, ...]], low: int, budget: float
+) -> tuple[tuple[int, ...], Found]:
+    """Returns the fewest anchors, `low` at least, whose plan stays within a budget, and that plan."""
     high, kept = finder.layers, None
     while low < high:
         middle = (low + high) // 2
@@ -61,4 +71,4 @@ def _least(finder: Finder, anchors: Callable[[int], tuple[int, ...]], low: int, 
             high, kept = middle, tried
         else:
             low = middle + 1
-    return kept if kept is not None else finder.judged(anchors(high))
+    return anchors(high), kept if kept is not None else finder.judged(anchors(high))

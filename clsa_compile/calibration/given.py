@@ -54,12 +54,16 @@ class Model:
         plan = asked.options.share
         if isinstance(plan, SharingPlan):
             check(plan, self.fingerprint)
-        if self.topk and asked.topk:
+        self.check_topk(asked.topk or None, "'share' alone lets its layers share an index")
+
+    def check_topk(self, topk: int | None, instead: str) -> None:
+        """Raises OptionError where a number of tokens is given and the model has its own, or neither is."""
+        if self.topk and topk is not None:
             raise OptionError(
                 f"this model selects {self.topk} tokens by itself, with indexers that it was trained with: "
-                "leave 'topk' out; 'share' alone lets its layers share an index"
+                f"leave 'topk' out; {instead}"
             )
-        if not self.topk and not asked.topk:
+        if not self.topk and topk is None:
             raise OptionError(
                 "no layer of this model selects tokens by itself in sequences of this length: give 'topk', "
                 "or longer sequences"

@@ -1,7 +1,7 @@
 """Search over a model with indexers: which of them need to run, and whose index the other layers read.
 
 Where a layer's own attention would lie within another one's selection says who may read whose index; dynamic
-programming finds the best anchors for that, and single moves of one anchor to a neighbour follow the loss.
+programming finds the best anchors for that, and flips of single anchors follow the loss.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from clsa_compile.config import Options
 from clsa_compile.ir.routing import Pool
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, followers, uniform
+from clsa_compile.policies.anchors import best, flipped, followers, moves, uniform
 
 __all__ = ["IndexFinder"]
 
-# How often all anchors are tried one place further to either side.
-PASSES = 2
+# Flips that are tried, for each anchor.
+FLIPS = 4
 
 
 class IndexFinder:
@@ -44,6 +44,7 @@ class IndexFinder:
         self._data = data_hash((*fitted, *held))
         self._fitted, self._held = (Judge(model, part, options) for part in (fitted, held))
         self._numbers = len(fitted), len(held)
+        self._known: dict[tuple[int, ...], list[float]] = {}
         self._choosers = [i for i, owner in enumerate(model.owners) if owner == i]
         self._fitted.dense(shown.stage("recording", len(fitted)))
         self._costs = self._pairs(self._fitted.serves())
@@ -55,28 +56,25 @@ class IndexFinder:
         return len(self._choosers)
 
     def anchors(self, count: int) -> tuple[int, ...]:
-        """Returns the best anchors of a number: exact for kept mass, then moved along the loss."""
-        done = self._shown.stage(f"placing {count} anchors", None)
+        """Returns the best anchors of a number, exact for kept mass, or evenly spread ones that lose less."""
+        starts = self._starts[count - 1], uniform(self.layers, count)
+        return min(starts, key=lambda anchors: sum(self._losses(anchors)))
 
-        def loss(anchors: tuple[int, ...]) -> float:
-            done()
+    def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors after flips, those that keep most mass first."""
+
+        def likeliest(at: tuple[int, ...]) -> list[tuple[int, ...]]:
+            return sorted(moves(at, self.layers), key=self._total)
+
+        return flipped(self._losses, anchors, likeliest, FLIPS * len(anchors))
+
+    def _losses(self, anchors: tuple[int, ...]) -> list[float]:
+        if anchors not in self._known:
             plan = self._plan(anchors)
-            figures, _ = self._fitted.measure(partial(planned.shares, plan), plan.digest())
-            return sum(f["loss"] for f in figures) / sum(f["tokens"] for f in figures)
-
-        current = min(self._starts[count - 1], uniform(self.layers, count), key=loss)
-        lowest = loss(current)
-        for _ in range(PASSES):
-            before = lowest
-            for anchor in current[1:]:
-                rest = [a for a in current if a != anchor]
-                sides = [a for a in (anchor - 1, anchor + 1) if 0 < a < self.layers and a not in current]
-                for moved in (tuple(sorted((*rest, a))) for a in sides):
-                    if (found := loss(moved)) < lowest:
-                        current, lowest = moved, found
-            if lowest == before:
-                break
-        return current
+            done = self._shown.stage(f"trying {len(anchors)} anchors", self._numbers[0])
+            figures, _ = self._fitted.measure(partial(planned.shares, plan), plan.digest(), done)
+            self._known[anchors] = [f["loss"] / f["tokens"] for f in figures]
+        return self._known[anchors]
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors with one more: the layer with which the others then keep most."""

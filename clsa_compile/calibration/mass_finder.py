@@ -20,7 +20,7 @@ from clsa_compile.config import Options
 from clsa_compile.ir.routing import Pool, Request
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, followers, improved, uniform
+from clsa_compile.policies.anchors import best, flipped, followers, improved, moves, uniform
 
 __all__ = ["POWER", "MassFinder"]
 
@@ -28,6 +28,9 @@ __all__ = ["POWER", "MassFinder"]
 ROWS = 144
 MOST_ELEMENTS = 400_000_000
 FEWEST_ROWS, MOST_ROWS = 4, 48
+# Flips that are tried: of those that the mass says cost at most so much more, the likeliest.
+FLIPS = 6
+NEAR = 1.05
 # Mass is the square root of the probability: sums of roots find what several heads look at a little.
 POWER = 0.5
 
@@ -47,8 +50,8 @@ class MassFinder:
         self._model, self._options, self._shown = model, options, shown
         self._seed = seed
         self._data = data_hash((*fitted, *held))
-        self._judge = Judge(model, held, options)
-        self._held = len(held)
+        self._fitted, self._held = (Judge(model, part, options) for part in (fitted, held))
+        self._numbers = len(fitted), len(held)
         assert options.topk is not None
         self._selection = Selection(options.topk, options.keep_first, options.keep_last, POWER)
         records = self._records(fitted)
@@ -101,13 +104,28 @@ class MassFinder:
         free = [layer for layer in range(self.layers) if layer not in anchors]
         return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._costs.total)
 
+    def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns anchors after flips that cost next to nothing more by the mass, and less by the loss."""
+
+        def near(at: tuple[int, ...]) -> list[tuple[int, ...]]:
+            most = NEAR * self._costs.total(at)
+            costs = {move: self._costs.total(move, most) for move in moves(at, self.layers)}
+            return sorted((move for move, cost in costs.items() if cost <= most), key=costs.__getitem__)
+
+        return flipped(self._losses, anchors, near, FLIPS)
+
+    def _losses(self, anchors: tuple[int, ...]) -> list[float]:
+        plan = self._plan(anchors)
+        done = self._shown.stage(f"trying {len(anchors)} anchors", self._numbers[0])
+        figures, _ = self._fitted.measure(_request(plan), plan.digest(), done)
+        return [f["loss"] / f["tokens"] for f in figures]
+
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of some anchors with fitted weights, and its quality on what was held out."""
         plan = self._plan(anchors)
-        request = Request(planned.route(plan), prompts=True)
-        done = self._shown.stage(f"judging {len(anchors)} anchors", self._held)
-        figures, pools = self._judge.measure(request, plan.digest(), done)
-        quality = self._judge.quality(figures, pools)
+        done = self._shown.stage(f"judging {len(anchors)} anchors", self._numbers[1])
+        figures, pools = self._held.measure(_request(plan), plan.digest(), done)
+        quality = self._held.quality(figures, pools)
         return Found(replace(plan, quality=quality.numbers()), quality)
 
     def _plan(self, anchors: tuple[int, ...]) -> SharingPlan:
@@ -142,3 +160,7 @@ class MassFinder:
             keep_last=self._selection.keep_last,
             power=POWER,
         )
+
+
+def _request(plan: SharingPlan) -> Request:
+    return Request(planned.route(plan), prompts=True)

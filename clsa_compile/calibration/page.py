@@ -7,13 +7,12 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
 
-from clsa_compile.calibration.stages import write_whole
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.files import write_text
 
 if TYPE_CHECKING:
     from clsa_compile.calibration.quality import Quality
@@ -72,7 +71,7 @@ def render(quality: Quality | None, tasks: TaskReport | None) -> str:
 def write(path: str | os.PathLike[str], text: str) -> None:
     """Writes a page whole or not at all. Raises OptionError where it cannot be written."""
     try:
-        write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_text(path, text)
     except OSError as error:
         raise OptionError(f"no page can be written to {os.fspath(path)!r}: {error}") from error
 

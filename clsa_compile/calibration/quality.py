@@ -14,6 +14,7 @@ from rich.table import Table
 from clsa_compile.calibration import page
 from clsa_compile.calibration.task_report import TaskReport
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.files import write_whole
 
 __all__ = ["LayerQuality", "Quality", "WorstToken"]
 
@@ -143,7 +144,7 @@ class Quality:
         axes.plot(members, anchors, "o", color="white", markersize=3, mfc="none")
         figure.colorbar(image, ax=axes, shrink=0.8)
         try:
-            figure.savefig(path, dpi=120, format="png")
+            write_whole(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
         except OSError as error:
             raise OptionError(f"no picture can be written to {os.fspath(path)!r}: {error}") from error
 

@@ -12,7 +12,7 @@ from clsa_compile.calibration.index_finder import IndexFinder
 from clsa_compile.calibration.mass_finder import MassFinder
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.stages import Stages
-from clsa_compile.config import Options
+from clsa_compile.config import Options, is_count
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.sharing import SharingPlan
 
@@ -67,8 +67,8 @@ class Asked:
             raise OptionError("give 'anchors', the number of layers that choose, or a 'budget', or both")
         checks = (
             ("budget", self.budget is None or _is_budget(self.budget), "a number above 0, such as 0.01"),
-            ("anchors", self.anchors is None or _is_count(self.anchors, 1), "a number from 1"),
-            ("seed", _is_count(self.seed, 0), "a number from 0"),
+            ("anchors", self.anchors is None or is_count(self.anchors, 1), "a number from 1"),
+            ("seed", is_count(self.seed, 0), "a number from 0"),
         )
         for name, ok, accepted in checks:
             if not ok:
@@ -106,23 +106,10 @@ def find(
 
 def _fits(known: Model, asked: Asked) -> None:
     """Guards a search against what the model cannot be asked."""
-    if known.topk and asked.topk is not None:
-        raise OptionError(
-            f"this model selects {known.topk} tokens by itself, with indexers that it was trained with: "
-            "leave 'topk' out, and the search finds which of them need to run"
-        )
-    if not known.topk and asked.topk is None:
-        raise OptionError(
-            "no layer of this model selects tokens by itself in sequences of this length: give 'topk', or "
-            "longer sequences"
-        )
+    known.check_topk(asked.topk, "the search finds which of them need to run")
     able = sum(owner == i for i, owner in enumerate(known.owners)) if known.topk else len(known.layers)
     if asked.anchors is not None and asked.anchors > able:
         raise OptionError(f"anchors={asked.anchors}, but only {able} layers can share; give fewer")
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_budget(value: object) -> bool:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.files import write_text, write_whole
 
-__all__ = ["Stages", "write_whole"]
+__all__ = ["Stages"]
 
 # Raised when what is written changes its meaning: older files are then not found any more.
 VERSION = 1
@@ -41,7 +42,7 @@ class Stages:
         except (OSError, ValueError):
             pass  # not there, or cut off by a full disk
         content = json.dumps(make())
-        write_whole(path, lambda partial: partial.write_text(content))
+        write_text(path, content)
         return json.loads(content)
 
     def tensors(self, name: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -68,13 +69,3 @@ class Stages:
         assert self._folder is not None
         content = json.dumps([VERSION, key], sort_keys=True)
         return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

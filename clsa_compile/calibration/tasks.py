@@ -18,6 +18,7 @@ from clsa_compile.calibration.haystack import TASKS, WITH_DEPTH, Haystack, Sampl
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.task_report import TaskCell, TaskReport
+from clsa_compile.config import is_count
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import role
 
@@ -90,9 +91,9 @@ class _Wanted:
             ("'tasks' is", self.tasks, bool(self.tasks), "one task at least"),
             ("'lengths' is", self.lengths, bool(self.lengths), "one length at least"),
             ("'depths' is", self.depths, bool(self.depths), "one depth at least"),
-            ("'samples' is", self.samples, _is_count(self.samples, 1), "a number from 1"),
-            ("'seed' is", self.seed, _is_count(self.seed, 0), "a number from 0"),
-            *(("'lengths' holds", n, _is_count(n, 1), "numbers of tokens") for n in self.lengths),
+            ("'samples' is", self.samples, is_count(self.samples, 1), "a number from 1"),
+            ("'seed' is", self.seed, is_count(self.seed, 0), "a number from 0"),
+            *(("'lengths' holds", n, is_count(n, 1), "numbers of tokens") for n in self.lengths),
             *(("'depths' holds", d, _is_depth(d), "0, the beginning, to 1, the end") for d in self.depths),
         )
         for name, value, ok, accepted in checks:
@@ -175,10 +176,6 @@ def _ids(sample: Sample) -> torch.Tensor:
 def _several(given: Any) -> tuple[Any, ...]:
     """Returns what was given, one or many, as many."""
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_depth(value: object) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.files import write_text
 
 __all__ = ["Folder"]
 
@@ -41,14 +42,8 @@ class Folder:
     def write(self, name: str, text: str) -> None:
         """Writes a file whole. Raises OptionError when that cannot be, and then leaves nothing behind."""
         target = self.path / name
-        partial = target.with_name(f".{target.name}.tmp")
         try:
-            target.parent.mkdir(exist_ok=True)
-            try:
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_text(target, text)
         except OSError as error:
             raise OptionError(
                 f"the option 'dump': {os.fspath(target)!r} cannot be written: {error}; "

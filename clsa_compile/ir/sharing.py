@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clsa_compile.errors import PlanError
+from clsa_compile.ir.files import write_text
 from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool, role
 from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, text
 
@@ -101,15 +102,8 @@ class SharingPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all. Raises PlanError where that cannot be."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise PlanError(f"the plan cannot be written to {os.fspath(path)!r}: {error}") from error
 

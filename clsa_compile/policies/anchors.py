@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["best", "followers", "improved", "uniform"]
+__all__ = ["best", "flipped", "followers", "improved", "moves", "uniform"]
+
+Anchors = tuple[int, ...]
 
 
-def uniform(layers: int, count: int) -> tuple[int, ...]:
+def uniform(layers: int, count: int) -> Anchors:
     """Returns `count` of so many layers, evenly spread, the first among them."""
     return tuple(i * layers // count for i in range(count))
 
@@ -56,6 +60,17 @@ def _traced(lasts: Sequence[Sequence[int]], layers: int) -> tuple[int, ...]:
     return tuple(reversed(anchors))
 
 
+def moves(anchors: Sequence[int], layers: int) -> list[Anchors]:
+    """Returns anchors with a single one moved elsewhere, in all ways. The first layer stays one."""
+    return [
+        tuple(sorted((*(a for a in anchors if a != anchor), to)))
+        for anchor in anchors
+        if anchor != 0
+        for to in range(1, layers)
+        if to not in anchors
+    ]
+
+
 def improved(
     cost: Callable[[tuple[int, ...], float], float],
     anchors: Sequence[int],
@@ -74,14 +89,43 @@ def improved(
     for _ in range(passes):
         before = lowest
         for anchor in current:
-            if anchor == 0:
-                continue
-            rest = [a for a in current if a != anchor]
-            moves = [tuple(sorted((*rest, to))) for to in range(1, layers) if to not in current]
-            costs = [cost(move, lowest) for move in moves]
+            able = [move for move in moves(current, layers) if anchor not in move]
+            costs = [cost(move, lowest) for move in able]
             if costs and min(costs) < lowest * (1 - least):
                 lowest = min(costs)
-                current = moves[costs.index(lowest)]
+                current = able[costs.index(lowest)]
         if lowest >= before:
             break
     return current
+
+
+def flipped(
+    losses: Callable[[Anchors], Sequence[float]],
+    anchors: Anchors,
+    proposals: Callable[[Anchors], Iterable[Anchors]],
+    tries: int,
+) -> Anchors:
+    """Returns anchors after greedy flips: each goes over to a proposal under which a model loses less.
+
+    losses(anchors) is the loss on each of several texts. A proposal is taken where the mean gain exceeds its
+    standard error, so that what only fits these texts is not. Ends after so many `tries`, or when all that
+    is proposed has been tried.
+    """
+    seen = {anchors}
+    current: Sequence[float] = ()
+    for _ in range(tries):
+        proposed = next((p for p in proposals(anchors) if p not in seen), None)
+        if proposed is None:
+            break
+        seen.add(proposed)
+        current = current or losses(anchors)
+        found = losses(proposed)
+        if _is_less(found, current):
+            anchors, current = proposed, found
+    return anchors
+
+
+def _is_less(losses: Sequence[float], than: Sequence[float]) -> bool:
+    gains = [b - a for a, b in zip(losses, than, strict=True)]
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return statistics.fmean(gains) > error

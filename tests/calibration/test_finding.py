@@ -25,9 +25,10 @@ class Judged:
 
 @dataclass
 class Finder:
-    """Costs by number of anchors; those of a number are the first ones."""
+    """Costs by number of anchors; those of a number are the first ones, and flips may change them."""
 
     costs: list[float]
+    after: tuple[tuple[int, ...], float] | None = None
     judged_counts: list[int] = field(default_factory=list)
 
     @property
@@ -40,9 +41,13 @@ class Finder:
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         return (*anchors, len(anchors))
 
+    def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        return anchors if self.after is None else self.after[0]
+
     def judged(self, anchors: tuple[int, ...]) -> Any:
         self.judged_counts.append(len(anchors))
-        return Judged(anchors, Quality(self.costs[len(anchors) - 1]))
+        flips = self.after is not None and anchors == self.after[0]
+        return Judged(anchors, Quality(self.after[1] if flips else self.costs[len(anchors) - 1]))
 
 
 falling = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(lambda costs: sorted(costs, reverse=True))
@@ -63,3 +68,17 @@ def test_without_a_budget_the_number_is_taken(count: int) -> None:
     finder = Finder([0.5, 0.4, 0.3])
     assert found(finder, count, None).anchors == tuple(range(count))
     assert finder.judged_counts == [count]
+
+
+def test_flips_are_judged_last_and_only_where_they_change_something() -> None:
+    finder = Finder([0.5, 0.4, 0.3], after=((0, 2), 0.35))
+    assert found(finder, 2, None).anchors == (0, 2)
+    assert finder.judged_counts == [2]
+
+
+@pytest.mark.parametrize("count", [None, 1])
+@pytest.mark.parametrize(("cost", "expected"), [(0.4, (0, 2)), (0.41, (0, 1))])
+def test_flips_that_break_a_budget_are_dropped(
+    count: int | None, cost: float, expected: tuple[int, ...]
+) -> None:
+    assert found(Finder([0.5, 0.4, 0.3], after=((0, 2), cost)), count, 0.4).anchors == expected

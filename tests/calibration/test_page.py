@@ -178,6 +178,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="no page can be written to"):
-        QUALITY.to_html(tmp_path / "nowhere" / "report.html")
+        QUALITY.to_html(tmp_path / "file" / "report.html")

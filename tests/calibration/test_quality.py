@@ -55,8 +55,9 @@ def test_plain_data_is_json() -> None:
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     QUALITY.heatmap(tmp_path / "who.png")
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["who.png"]
     with pytest.raises(OptionError, match="no picture can be written"):
-        QUALITY.heatmap(tmp_path / "nowhere" / "who.png")
+        QUALITY.heatmap(tmp_path / "who.png" / "who.png")
 
 
 def test_without_matplotlib_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

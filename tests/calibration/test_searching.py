@@ -45,12 +45,11 @@ def test_a_killed_search_goes_on_where_it_was(
     model: Any,
     tokens: list[Tensor],
     asked: Asked,
-    found: Found,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[str] = []
-    limit = 0
+    limit = 999
 
     def counted(real: Any, name: str) -> Any:
         def run(*args: Any) -> Any:
@@ -63,15 +62,37 @@ def test_a_killed_search_goes_on_where_it_was(
 
     for owner, name in ((mass_finder, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name))
-    whole = ["record"] * 3 + ["_dense_run", "_run"]
-    for limit in (2, 4):
+    monkeypatch.setattr(mass_finder, "NEAR", 1.25)  # one flip is likely enough to be tried
+    uninterrupted = find(model, tokens, asked, tmp_path / "whole", progress=False).plan
+    whole = [made.pop(0) for _ in tuple(made)]
+    fitted = [*["record"] * 3, *["_dense_run"] * 3, *["_run"] * 6]
+    assert whole == [*fitted, "_dense_run", "_run"], "what was held out is judged last, and once"
+    for limit in (2, 4, len(whole) - 1):
         with pytest.raises(KeyboardInterrupt):
             find(model, tokens, asked, tmp_path, progress=False)
         assert made == whole[:limit]
-    limit = 99
+    limit = 999
     for _ in range(2):
-        assert find(model, tokens, asked, tmp_path, progress=False).plan == found.plan
+        assert find(model, tokens, asked, tmp_path, progress=False).plan == uninterrupted
         assert made == whole
+
+
+def test_flips_of_anchors_follow_the_loss(
+    model: Any, tokens: list[Tensor], asked: Asked, found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a judge to whom only layer 3 matters it becomes an anchor, if the mass says that it may."""
+    assert found.plan.pattern()[3] == "S"
+    real = judging.Judge.measure
+
+    def measured(self: Any, change: Any, *args: Any) -> Any:
+        figures, pools = real(self, change, *args)
+        followed = any(3 in pool.members for pool in pools)
+        return [{**f, "loss": f["loss"] * (1 + followed)} for f in figures], pools
+
+    monkeypatch.setattr(judging.Judge, "measure", measured)
+    for near, role in ((1.0, "S"), (2.0, "F")):
+        monkeypatch.setattr(mass_finder, "NEAR", near)
+        assert find(model, tokens, asked, progress=False).plan.pattern()[3] == role
 
 
 @pytest.mark.parametrize("scope", ["layer", "kv_head"])

@@ -196,6 +196,13 @@ def test_a_plan_brings_its_own_numbers(tmp_path: Path) -> None:
         assert Options.read({"share": share, "topk": 64}) == Options.read({"share": share})
 
 
+def test_a_plan_for_layers_with_indexers_brings_no_number_of_tokens() -> None:
+    plan = SharingPlan(64, PLAN.layers, (Pool(0, 64, {}, (1,)),), keep_first=0, keep_last=0, kind="index")
+    assert Options.read({"share": plan}).topk is None
+    with pytest.raises(OptionError, match=r"topk=64 is for dense layers.*leave 'topk' out"):
+        Options.read({"share": plan, "topk": 64})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from clsa_compile.config import Options
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 pytestmark = pytest.mark.gpu
@@ -60,11 +61,14 @@ def test_a_cuda_graph_captured_short_replays_right_at_a_longer_length(family: st
     ids=["layer", "kv_head", "reindex", "dense_below"],
 )
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_dense_model_that_shares_equals_the_references(mode: str, changes: dict[str, Any]) -> None:
+def test_a_dense_model_that_shares_equals_the_references(
+    mode: str, changes: dict[str, Any], passes: Any
+) -> None:
     """The same rewrite on the CPU runs references; the oracle of test_dense_sharing.py holds for those."""
     options = {"topk": 8, "share": 2, "keep_first": 2, "keep_last": 3, **changes}
     model = tiny("llama", num_hidden_layers=5)
-    expected = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, steps=20)
+    passes.options = Options.read(options)
+    expected = generate_steps(torch.compile(model, backend=passes), model.config, steps=20)
     torch._dynamo.reset()
     model = model.cuda()
     run = torch.compile(model, backend="clsa", options={**options, "mode": mode})
@@ -74,11 +78,12 @@ def test_a_dense_model_that_shares_equals_the_references(mode: str, changes: dic
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_indexers_that_select_among_what_is_offered_equal_the_references(mode: str) -> None:
+def test_indexers_that_select_among_what_is_offered_equal_the_references(mode: str, passes: Any) -> None:
     """The oracle of test_sharing.py holds for the references."""
     options = {"share": "FSRSS", "pool": 12}
     model = tiny("glm_moe_dsa", num_hidden_layers=5, mlp_layer_types=["dense"] * 5)
-    expected = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, steps=12)
+    passes.options = Options.read(options)
+    expected = generate_steps(torch.compile(model, backend=passes), model.config, steps=12)
     torch._dynamo.reset()
     model = model.cuda()
     run = torch.compile(model, backend="clsa", options={**options, "mode": mode})

@@ -20,7 +20,7 @@ from clsa_compile.kernels.render import (
     load_module,
     predicate_text,
     render,
-    write_whole,
+    write,
 )
 
 MASKED: dict[str, Any] = {
@@ -161,14 +161,14 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(KernelError, match="the disk is full"):
-        write_whole(tmp_path / "a.py", "text")
+        write(tmp_path / "a.py", "text")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KernelError, match="XDG_CACHE_HOME"):
-        write_whole(tmp_path / "file" / "a.py", "text")
+        write(tmp_path / "file" / "a.py", "text")
 
 
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,419 @@
+"""Measures prompts and decode steps of the paper's 4B shape: a dense Transformer, YOCO, indexers, and CLSA.
+
+Random weights, bfloat16, static caches filled with random numbers, one CUDA GPU:
+
+    python benchmarks/headline.py --out docs/headline                   # everything, for hours
+    python benchmarks/headline.py --out docs/headline --minutes 9       # goes on where the last call ended
+    python benchmarks/headline.py --out docs/headline --only decode/131072 --quick
+    python benchmarks/headline.py --out docs/headline --report          # table and plots of what is there
+    python benchmarks/headline.py --out /tmp/headline --tiny            # a trial run, also on a CPU
+
+A cell is one measurement; each is written to OUT.json at once, and a call with the same OUT measures those
+that are missing. The Transformer runs through Inductor with torch's flash attention, everything else through
+clsa; decode steps are CUDA graphs in both. What does not fit is computed from two numbers of layers, and so
+is everything with --quick. The exit code is 1 where a compiled decoder departs from the eager one, 2 where
+time ran out. OUT.md says how each column is made.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoders import (
+    VARIANTS,
+    Config,
+    Variant,
+    build,
+    cache_formula,
+    fill,
+    weight_bytes,
+    weight_count,
+    without_attention,
+)
+from headline_report import Results, write_report
+from rich.console import Console
+from timing import forget_compiled, measure, read_bandwidth, synchronize
+from torch import Tensor
+from yoco_decoder import PRESETS, Cache, Decoder
+
+GIB = 2**30
+STEPS = 16  # back to back, for wall time
+CHECK_BUDGET = 1e-3  # of the largest logit, in float32
+SPARE = 0.06  # of the device's memory, for what steps allocate
+
+console = Console(width=None if sys.stdout.isatty() else 150)  # a log wraps no table
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. kind: check, decode, prefill, or rest (a step without attention and selection)."""
+
+    kind: str
+    variant: str
+    length: int = 0
+    batch: int = 1
+
+    @property
+    def key(self) -> str:
+        """Names the cell in the JSON file and for --only."""
+        return f"{self.kind}/{self.length}/{self.batch}/{self.variant}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The sizes, and the machine."""
+
+    config: Config
+    device: torch.device
+    repeats: int
+    quick: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Gives the type of weights and caches."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def sized(self, variant: Variant, layers: int | None = None) -> Config:
+        """Returns a variant's configuration, of all layers or of so many."""
+        return replace(self.config, attention=variant.attention, layers=layers or self.config.layers)
+
+    def fits(self, config: Config, batch: int, length: int) -> bool:
+        """Tells whether weights and cache fit on the device, with something to spare."""
+        if self.device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        item = self.dtype.itemsize
+        need = weight_count(config) * item + cache_formula(config, batch, length, item)
+        return need + 2 * GIB < (1 - SPARE) * total
+
+    def compile(self, model: Decoder, variant: Variant, *, replay: bool) -> Callable[..., Any]:
+        """Compiles a decoder; `replay` asks for CUDA graphs, which only a GPU has."""
+        forget_compiled(self.device)
+        mode = "reduce-overhead" if replay and self.device.type == "cuda" else None
+        if variant.backend != "clsa":
+            return torch.compile(model, backend=variant.backend, mode=mode, dynamic=False)
+        options = variant.options | ({"mode": mode} if mode else {})
+        return torch.compile(model, backend="clsa", options=options or None, dynamic=False)
+
+
+def by_layers(bench: Bench, variant: Variant, batch: int, length: int, run: Callable[..., dict]) -> dict:
+    """Measures the whole decoder, or where it does not fit two smaller ones that give the time of a layer."""
+    layers = bench.config.layers
+    small, large = variant.depths
+    whole = bench.fits(bench.sized(variant), batch, length)
+    if (whole and not bench.quick) or layers <= large:
+        return run(bench.sized(variant)) | {"computed_from": None}
+    if not bench.fits(bench.sized(variant, large), batch, length):
+        return {"error": f"{large} layers do not fit"}
+    times = [run(bench.sized(variant, depth)) for depth in (small, large)]
+    found = dict(times[1])
+    for name in ("ms", "wall_ms"):
+        slope = (times[1][name] - times[0][name]) / (large - small)
+        found[name] = times[1][name] + slope * (layers - large)
+    return found | {"computed_from": [small, large], "fits": whole}
+
+
+@torch.no_grad()
+def call(forward: Callable[..., Any], cache: Cache, ids: Tensor, positions: Tensor) -> Tensor:
+    """Runs a forward as if nothing had been run before; the last token's logits."""
+    cache.seen = 0
+    torch.compiler.cudagraph_mark_step_begin()
+    return forward(ids, positions, cache, 1)
+
+
+def tokens(bench: Bench, batch: int, count: int, seed: int = 1) -> Tensor:
+    """Makes token ids [batch, count], the same on every call."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(bench.config.vocabulary, (batch, count), generator=generator)
+    return ids.to(bench.device)
+
+
+def decode(bench: Bench, variant: Variant, batch: int, length: int, config: Config) -> dict[str, Any]:
+    """Measures one step at the last slot of a full cache."""
+    model = build(config, bench.device, bench.dtype)
+    before = allocated(bench.device)
+    cache = model.new_cache(batch, length)
+    held = allocated(bench.device) - before if bench.device.type == "cuda" else sum_bytes(cache)
+    fill(cache)
+    forward = bench.compile(model, variant, replay=True)
+    found = timed_step(bench, model, cache, forward, batch, length)
+    item = bench.dtype.itemsize
+    return found | {
+        "cache_bytes": held,
+        "cache_formula": cache_formula(config, batch, length, item),
+        "weight_bytes": weight_bytes(model),
+    }
+
+
+def rest(bench: Bench, variant: Variant, batch: int, config: Config) -> dict[str, Any]:
+    """Measures a step whose attention and selection are left out."""
+    model = build(config, bench.device, bench.dtype)
+    cache = model.new_cache(batch, config.window)
+    with without_attention():
+        forward = bench.compile(model, Variant(variant.attention, backend="inductor"), replay=True)
+        return timed_step(bench, model, cache, forward, batch, config.window)
+
+
+def timed_step(
+    bench: Bench, model: Decoder, cache: Cache, forward: Callable[..., Any], batch: int, length: int
+) -> dict[str, Any]:
+    """Times a step at the last slot; the peak is of all that the device held meanwhile."""
+    ids, position = tokens(bench, batch, 1), torch.tensor([length - 1], device=bench.device)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    begin = time.perf_counter()
+    call(forward, cache, ids, position)
+    synchronize(bench.device)
+    compiled = time.perf_counter() - begin
+    step = partial(call, forward, cache, ids, position)
+    timing = measure(step, lambda: None, bench.device, steps=STEPS, repeats=bench.repeats)
+    return {
+        "ms": timing.device,
+        "wall_ms": timing.wall,
+        "peak_bytes": peak(bench.device),
+        "compile_s": compiled,
+        "layers": model.config.layers,
+    }
+
+
+def prefill(bench: Bench, variant: Variant, length: int, config: Config) -> dict[str, Any]:
+    """Measures a prompt of one sequence, in one piece, up to its last token's logits."""
+    model = build(config, bench.device, bench.dtype)
+    cache = model.new_cache(1, length)
+    forward = bench.compile(model, variant, replay=False)
+    ids, positions = tokens(bench, 1, length), torch.arange(length, device=bench.device)
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    times = []
+    for _ in range(5):  # the first compiles, the second warms up
+        synchronize(bench.device)
+        begin = time.perf_counter()
+        call(forward, cache, ids, positions)
+        synchronize(bench.device)
+        times.append(1e3 * (time.perf_counter() - begin))
+    middle = statistics.median(times[2:])
+    return {
+        "ms": middle,
+        "wall_ms": middle,
+        "peak_bytes": peak(bench.device),
+        "compile_s": 1e-3 * times[0],
+        "layers": config.layers,
+    }
+
+
+def check(bench: Bench, variant: Variant, length: int) -> dict[str, Any]:
+    """Compares compiled with the example's own eager decoder: a prompt, and a step after it, in float32."""
+    config = bench.sized(variant, min(variant.depths[0], bench.config.layers))
+    model = build(config, bench.device, torch.float32)
+    plain = Decoder(config).to(bench.device).eval()
+    plain.load_state_dict(model.state_dict())
+    found = {}
+    for name, runs in (("eager", plain), ("compiled", model)):
+        forward = runs if name == "eager" else bench.compile(model, variant, replay=False)
+        found[name] = check_logits(bench, runs, forward, length)
+    distances = [(a - b).abs().max().item() for a, b in zip(*found.values(), strict=True)]
+    largest = max(logits.abs().max().item() for logits in found["eager"])
+    same = all(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(*found.values(), strict=True))
+    return {
+        "difference": max(distances),
+        "budget": CHECK_BUDGET * largest,
+        "same_argmax": same,
+        "layers": config.layers,
+        "passed": max(distances) <= CHECK_BUDGET * largest,
+    }
+
+
+def check_logits(bench: Bench, model: Decoder, forward: Callable[..., Any], length: int) -> list[Tensor]:
+    """Gives the last logits of a prompt, and of a step into the last slot, as decode() measures it."""
+    ids, positions = tokens(bench, 2, length), torch.arange(length, device=bench.device)
+    cache = model.new_cache(2, length)
+    parts = (slice(0, length - 1), slice(length - 1, length))
+    return [call(forward, cache, ids[:, part], positions[part]).float().clone() for part in parts]
+
+
+def allocated(device: torch.device) -> int:
+    """Gives the bytes that tensors hold on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def sum_bytes(cache: Cache) -> int:
+    """Counts a cache's bytes where the device does not say."""
+    return sum(store.data.nbytes for store in cache.stores)
+
+
+def peak(device: torch.device) -> int | None:
+    """Gives the most bytes that tensors held on a GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Measures one cell; what does not fit says so."""
+    variant = VARIANTS[cell.variant]
+    jobs: dict[str, Callable[..., dict[str, Any]]] = {
+        "decode": partial(decode, bench, variant, cell.batch, cell.length),
+        "rest": partial(rest, bench, variant, cell.batch),
+        "prefill": partial(prefill, bench, variant, cell.length),
+    }
+    try:
+        if cell.kind == "check":
+            return check(bench, variant, cell.length)
+        return by_layers(bench, variant, cell.batch, cell.length, jobs[cell.kind])
+    except torch.OutOfMemoryError as error:
+        return {"error": "out of memory: " + str(error).partition(". GPU")[0]}
+    finally:
+        gc.collect()
+        forget_compiled(bench.device)
+
+
+def cells(arguments: argparse.Namespace, config: Config) -> Iterator[Cell]:
+    """Yields all cells, those first that the paper's own figures are compared with."""
+    names, batches = arguments.variants, arguments.batches
+    for name in names:
+        if VARIANTS[name].exact:
+            yield Cell("check", name, 2 * config.topk, 2)
+    middle_first = sorted(batches, key=lambda b: (b != 8, -b))
+    for length in sorted(arguments.lengths, reverse=True):
+        yield from (Cell("prefill", name, length) for name in names)
+        for batch in middle_first:
+            yield from (Cell("decode", name, length, batch) for name in names)
+            if length == max(arguments.lengths):
+                yield from (Cell("rest", name, 0, batch) for name in names)
+
+
+# -- results -------------------------------------------------------------------------------------
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """Says what cells that stand in one file have in common."""
+    on_gpu = bench.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(bench.device) if on_gpu else "CPU (no GPU numbers)",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "config": {**vars(bench.config), "attention": None},
+    }
+
+
+def load(path: Path, bench: Bench) -> Results:
+    """Reads what an earlier call measured; SystemExit where that was something else."""
+    now = environment(bench)
+    if not path.exists():
+        return Results(now, [], {})
+    stored = json.loads(path.read_text())
+    for name, value in now.items():
+        if stored["environment"][name] != value:
+            raise SystemExit(
+                f"{path} holds cells of another {name} ({stored['environment'][name]}, now {value}): "
+                "times of both do not compare. Give another --out, or remove the file."
+            )
+    return Results(**stored)
+
+
+def save(path: Path, results: Results) -> None:
+    """Writes the JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(path.name + ".part")
+    partial_file.write_text(json.dumps(vars(results), indent=1) + "\n")
+    os.replace(partial_file, path)
+
+
+def run(arguments: argparse.Namespace, bench: Bench, results: Results, path: Path) -> bool:
+    """Measures what is missing; returns False when time ran out."""
+    begin = time.monotonic()
+    asked = [c for c in cells(arguments, bench.config) if wanted(c, arguments)]
+    missing = [c for c in asked if arguments.again or c.key not in results.cells]
+    if missing:
+        results.bandwidth.append(read_bandwidth(bench.device))
+        console.print(f"{len(missing)} cells; the device reads {results.bandwidth[-1] / 1e12:.2f} TB/s")
+    longest = 0.0
+    for number, cell in enumerate(missing, 1):
+        spent = time.monotonic() - begin
+        if arguments.minutes is not None and spent + longest > 60 * arguments.minutes:
+            console.print(f"time is up: {len(missing) - number + 1} cells are left; the same call goes on")
+            return False
+        results.cells[cell.key] = run_cell(bench, cell)
+        save(path, results)
+        longest = max(longest, time.monotonic() - begin - spent)
+        console.print(
+            f"{number}/{len(missing)} {cell.key}: {in_words(results.cells[cell.key])}", markup=False
+        )
+    return True
+
+
+def wanted(cell: Cell, arguments: argparse.Namespace) -> bool:
+    """Tells whether --only asks for a cell."""
+    return not arguments.only or any(cell.key.startswith(prefix) for prefix in arguments.only)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Describes a cell in a line."""
+    if "error" in found:
+        return found["error"]
+    if "difference" in found:
+        verdict = "equal" if found["passed"] else "DIFFERS"
+        return f"{verdict}: {found['difference']:.2g} of {found['budget']:.2g}"
+    source = found["computed_from"]
+    how = "{} layers".format(found["layers"]) if source is None else "from {} and {} layers".format(*source)
+    return f"{found['ms']:.3f} ms ({how}; compiled in {found['compile_s']:.0f} s)"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="path without an ending: .json, .md, .png")
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="cells whose names begin so, as decode/131072/8"
+    )
+    parser.add_argument("--minutes", type=float, help="begin no cell that would likely end later")
+    parser.add_argument("--quick", action="store_true", help="compute all from two numbers of layers")
+    parser.add_argument("--again", action="store_true", help="also measure what is there, as after a change")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--lengths", type=int, nargs="+", help="8192, 32768, 131072")
+    parser.add_argument("--batches", type=int, nargs="+", help="1, 4, 8, 16, 32")
+    parser.add_argument("--layers", type=int, help="other than the preset's")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    chosen = parser.parse_args(arguments)
+    chosen.lengths = chosen.lengths or ([256, 512] if chosen.tiny else [8192, 32768, 131072])
+    chosen.batches = chosen.batches or ([1, 2] if chosen.tiny else [1, 4, 8, 16, 32])
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; see the module for the exit code."""
+    chosen = parse_arguments(arguments)
+    device = torch.device(chosen.device)
+    if device.type != "cuda" and not chosen.report:
+        console.print("No CUDA device: these are no GPU numbers, and CUDA graphs are off.")
+    config = PRESETS["small" if chosen.tiny else "4b"]
+    config = replace(config, layers=chosen.layers or config.layers)
+    path = chosen.out.with_name(chosen.out.name + ".json")
+    bench = Bench(config, device, chosen.repeats, chosen.quick)
+    if chosen.report:
+        results, finished = Results(**json.loads(path.read_text())), True
+    else:
+        results = load(path, bench)
+        finished = run(chosen, bench, results, path)
+    console.print(write_report(results, chosen.out))
+    if any(not found.get("passed", True) for found in results.cells.values()):
+        return 1
+    return 0 if finished else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

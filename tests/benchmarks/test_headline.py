@@ -1,0 +1,263 @@
+"""The headline benchmark: its decoders equal the example's, its figures follow from its cells, it goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import decoders
+import headline
+import headline_report
+import pytest
+import torch
+from decoders import VARIANTS, HeadlineDecoder, attention_bytes, cache_formula
+from headline import Bench, Cell
+from headline_report import Results
+from yoco_decoder import PRESETS, Config, Decoder
+
+CPU = torch.device("cpu")
+CONFIG = Config(
+    vocabulary=64, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, head_dim=8, window=6, topk=5,
+    index_heads=32, index_dim=8,
+)  # fmt: skip
+TINY = ["--tiny", "--device", "cpu", "--layers", "2", "--lengths", "256", "--batches", "1", "--repeats", "2"]
+
+
+# -- decoders ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [4, 6, 17])
+@pytest.mark.parametrize("attention", ["transformer", "yoco", "yoco-dsa", "yoco-clsa"])
+def test_decoders_equal_the_examples(attention: Any, prompt: int) -> None:
+    torch.manual_seed(0)
+    ours = HeadlineDecoder(replace(CONFIG, attention=attention)).eval()
+    plain = Decoder(ours.config).eval()
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 64, (2, prompt + 4))
+    # The Transformer's step reads the whole cache, so it is right at the last slot alone.
+    ends = [prompt, prompt + 1] if attention == "transformer" else [prompt, *range(prompt + 1, prompt + 5)]
+    caches = [model.new_cache(2, ends[-1]) for model in (ours, plain)]
+    start = 0
+    for end in ends:
+        at = torch.arange(start, end)
+        found, expected = (m(ids[:, start:end], at, c, 1) for m, c in zip((ours, plain), caches, strict=True))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        start = end
+
+
+@pytest.mark.parametrize("attention", ["transformer", "yoco", "yoco-dsa", "yoco-clsa"])
+@pytest.mark.parametrize("length", [4, 40])
+def test_caches_are_as_large_as_the_formula_says(attention: Any, length: int) -> None:
+    model = HeadlineDecoder(replace(CONFIG, attention=attention))
+    cache = model.new_cache(3, length)
+    assert headline.sum_bytes(cache) == cache_formula(model.config, 3, length, 4)
+
+
+def test_a_cache_of_the_papers_shape_shrinks_by_the_papers_factor() -> None:
+    """L N against N + L/2 W rows, and one row of index keys."""
+    dense, shared = (
+        cache_formula(replace(PRESETS["4b"], attention=a), 1, 131072, 2) for a in ("transformer", "yoco-clsa")
+    )
+    assert dense == 131072 * 64 * 1024
+    assert shared == 131072 * 2048 + 16 * 512 * 2048 + 131072 * 256
+    assert dense / shared == pytest.approx(26.9, abs=0.1)
+
+
+def test_bytes_that_a_step_must_read() -> None:
+    """By hand, for 40 tokens of 4 layers: rows of 2 * 2 * 8 floats, index keys of 8."""
+    read = {
+        n: attention_bytes(v, replace(CONFIG, attention=v.attention), 1, 40, 4) for n, v in VARIANTS.items()
+    }
+    row, key = 32 * 4, 8 * 4
+    assert read["transformer"] == 4 * 40 * row
+    assert read["yoco"] == (2 * 6 + 2 * 40) * row
+    assert read["indexer per layer"] == (2 * 6 + 2 * 5) * row + 2 * 40 * key
+    assert read["shared every 4"] == read["clsa"] == (2 * 6 + 2 * 5) * row + 40 * key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["transformer", "yoco-dsa", "yoco-clsa"])
+def test_without_attention_nothing_reads_the_cache(attention: Any) -> None:
+    model = HeadlineDecoder(replace(CONFIG, attention=attention)).eval()
+    cache = model.new_cache(1, 10)
+    ids, at = torch.zeros(1, 1, dtype=torch.long), torch.tensor([9])
+    with decoders.without_attention():
+        before = model(ids, at, cache, 1)
+        decoders.fill(cache)
+        assert torch.equal(model(ids, at, cache, 1), before)
+    assert not torch.allclose(model(ids, at, cache, 1), before), "attention is back"
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def test_a_time_is_computed_from_two_numbers_of_layers() -> None:
+    bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=True)
+
+    def run(config: Config) -> dict[str, Any]:
+        return {"ms": 1.0 + 0.5 * config.layers, "wall_ms": 2.0 * config.layers, "layers": config.layers}
+
+    found = headline.by_layers(bench, VARIANTS["clsa"], 1, 64, run)
+    assert found["ms"] == pytest.approx(17.0)
+    assert found["wall_ms"] == pytest.approx(64.0)
+    assert found["computed_from"] == [4, 8]
+    assert found["fits"]
+    assert headline.by_layers(replace(bench, quick=False), VARIANTS["clsa"], 1, 64, run)["layers"] == 32
+
+
+def test_what_does_not_fit_is_computed_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: Config) -> dict[str, Any]:
+        return {"ms": 1.0, "wall_ms": 1.0, "layers": config.layers}
+
+    bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=False)
+    monkeypatch.setattr(Bench, "fits", lambda self, config, batch, length: config.layers <= 8)
+    assert headline.by_layers(bench, VARIANTS["yoco"], 1, 64, run)["fits"] is False
+    monkeypatch.setattr(Bench, "fits", lambda self, config, batch, length: False)
+    assert headline.by_layers(bench, VARIANTS["yoco"], 1, 64, run) == {"error": "8 layers do not fit"}
+
+
+def made_up(cell: Cell) -> dict[str, Any]:
+    if cell.kind == "check":
+        return {"difference": 0.0, "budget": 1.0, "same_argmax": True, "layers": 2, "passed": True}
+    place = list(VARIANTS).index(cell.variant)
+    ms = {
+        "prefill": 1e-3 * cell.length,
+        "rest": 0.5,
+        "decode": 1 + cell.length * cell.batch / 1000 / (1 + place),
+    }
+    common = {"wall_ms": 1.0, "compile_s": 1.0, "layers": 2, "computed_from": None, "peak_bytes": 2**30}
+    return {"ms": ms[cell.kind], "cache_bytes": 2**20, "cache_formula": 2**20, **common}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """Cells that were measured; measuring takes no time."""
+    seen: list[Cell] = []
+
+    def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+        seen.append(cell)
+        return made_up(cell)
+
+    monkeypatch.setattr(headline, "run_cell", run_cell)
+    monkeypatch.setattr(headline, "read_bandwidth", lambda device: 1e12)
+    return seen
+
+
+def test_every_cell_is_measured_once_and_saved_at_once(
+    measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "sub/h")]
+    good = headline.run_cell
+
+    def mortal(bench: Bench, cell: Cell) -> dict[str, Any]:
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        return good(bench, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(headline, "run_cell", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            headline.main(out)
+    assert len(json.loads((tmp_path / "sub/h.json").read_text())["cells"]) == 7
+    assert headline.main(out) == 0
+    # 4 checks, 5 prompts and 2 batches of 5 steps at two lengths, and 5 steps without attention a batch.
+    assert len(measured) == len({cell.key for cell in measured}) == 4 + 2 * 5 + 2 * 2 * 5 + 2 * 5
+    assert headline.main([*out, "--report"]) == 0
+    text = (tmp_path / "sub/h.md").read_text()
+    assert text.count("| clsa |") == 4
+    assert "compiled against eager: equal" in text
+    for name in ("h_decode.png", "h_end_to_end.png"):
+        assert (tmp_path / "sub" / name).stat().st_size > 10_000
+
+
+def test_only_and_minutes_leave_cells_for_later(measured: list[Cell], tmp_path: Path) -> None:
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h")]
+    assert headline.main([*out, "--only", "prefill/512", "decode/256/2"]) == 0
+    assert {(c.kind, c.length) for c in measured} == {("prefill", 512), ("decode", 256)}
+    assert headline.main([*out, "--minutes", "-1"]) == 2
+    assert len(measured) == 10
+    assert headline.main([*out, "--only", "prefill/512", "--again"]) == 0
+    assert len(measured) == 15
+
+
+def test_without_matplotlib_there_is_a_table(
+    measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h"), "--only", "decode/256/2"]
+    assert headline.main(out) == 0
+    assert "no pictures: pip install matplotlib" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["h.json", "h.md"]
+
+
+def test_a_decoder_that_departs_from_eager_fails_the_run(
+    measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headline, "run_cell", lambda bench, cell: made_up(cell) | {"passed": False})
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h"), "--only", "check"]
+    assert headline.main(out) == 1
+    assert "**DIFFERENT**" in (tmp_path / "h.md").read_text()
+
+
+def test_cells_of_another_machine_or_shape_are_refused(measured: list[Cell], tmp_path: Path) -> None:
+    out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h"), "--only", "check"]
+    assert headline.main(out) == 0
+    with pytest.raises(SystemExit, match="cells of another config"):
+        headline.main([*out, "--layers", "2"])
+
+
+def test_running_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prefill(*_: Any) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 80 GiB.")
+
+    monkeypatch.setattr(headline, "prefill", prefill)
+    found = headline.run_cell(Bench(CONFIG, CPU, 1, False), Cell("prefill", "yoco", 64))
+    assert found == {"error": "out of memory: CUDA out of memory. Tried to allocate 9 GiB"}
+
+
+# -- figures -------------------------------------------------------------------------------------
+
+
+def results(**milliseconds: float) -> Results:
+    cells = {key.replace("_", "/"): {"ms": ms} for key, ms in milliseconds.items()}
+    return Results({}, [], cells)
+
+
+def test_end_to_end_is_a_prompt_and_the_steps_after_it() -> None:
+    found = results(prefill_1000_1_yoco=500.0, decode_1000_2_yoco=2.0, decode_2000_2_yoco=4.0)
+    # Steps grow from 2 to 4 ms, 3 in the mean; two prompts, one after the other.
+    expected = 1e3 * 2 * 1000 / (2 * 500 + 1000 * 3)
+    assert headline_report.end_to_end(found, 1000, 2, "yoco", 1000) == pytest.approx(expected)
+    assert headline_report.end_to_end(found, 1000, 1, "yoco", 1000) is None
+    assert headline_report.end_to_end(found, 2000, 2, "yoco", 1000) is None, "no prompt of 2000 was measured"
+
+
+def test_steps_are_interpolated_and_extrapolated() -> None:
+    points = [(10, 1.0), (20, 2.0), (40, 6.0)]
+    assert [headline_report.step_at(points, at) for at in (10, 15, 30, 50)] == [1.0, 1.5, 4.0, 8.0]
+    assert headline_report.step_at(points[:1], 99) == 1.0
+
+
+# -- the real thing ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_trial_run_measures_everything(tmp_path: Path) -> None:
+    assert headline.main([*TINY, "--out", str(tmp_path / "h"), "--variants", "transformer", "clsa"]) == 0
+    cells = json.loads((tmp_path / "h.json").read_text())["cells"]
+    assert len(cells) == 8
+    assert not any("error" in cell for cell in cells.values())
+    assert all(cell["difference"] < 1e-4 for key, cell in cells.items() if key.startswith("check"))
+    decoded = cells["decode/256/1/clsa"]
+    assert decoded["cache_bytes"] == decoded["cache_formula"]
+
+
+def test_a_step_is_compiled_and_timed(tmp_path: Path) -> None:
+    assert headline.main([*TINY, "--out", str(tmp_path / "h"), "--only", "decode", "--variants", "clsa"]) == 0
+    found = json.loads((tmp_path / "h.json").read_text())["cells"]["decode/256/1/clsa"]
+    assert found["ms"] > 0
+    assert found["layers"] == 2
