@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -104,6 +104,7 @@ def _places(node: Node | None) -> tuple[str, str]:
 
 
 def _left(entry: SitePlan, node: Node | None) -> Layer:
+    """Returns what is known of any layer, as of one that stays as it was."""
     source, caller = _places(node)
     return Layer(
         ordinal=entry.ordinal,
@@ -121,17 +122,9 @@ def _left(entry: SitePlan, node: Node | None) -> Layer:
 def _layer(site: AttentionSite, entry: SitePlan, decision: Decision, longest: int) -> Layer:
     b, _, s, width = sizes_of(site.q)
     keys, value_width = sizes_of(site.k)[2], sizes_of(site.v)[3]
-    source, caller = _places(site.out)
-    return Layer(
-        ordinal=entry.ordinal,
-        layer=entry.layer,
-        path=entry.path,
-        source=source,
-        caller=caller,
-        kind=entry.kind,
-        action=entry.action,
+    return replace(
+        _left(entry, site.out),
         runs=_runs(entry, decision.plan),
-        reason=entry.reason,
         group=_group(entry, decision.plan),
         kernels=_kernels(site, entry, decision),
         batch=b,

@@ -70,7 +70,7 @@ def _numbers(flat: Tensor) -> str:
         return _bits(flat)
     try:
         return _floats(flat) if flat.is_floating_point() else _integers(flat)
-    except (NotImplementedError, RuntimeError):  # complex numbers, packed ones: torch cannot order them
+    except RuntimeError:  # complex numbers, packed ones: torch cannot order them
         return _guess(flat.dtype, len(flat))
 
 

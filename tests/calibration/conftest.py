@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.backend import decided
-from clsa_compile.calibration import given
+from clsa_compile.calibration import given, judging
 from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.graphs import Forward
 from clsa_compile.calibration.searching import Asked, find
@@ -134,3 +134,16 @@ def passes() -> Callable[..., Any]:
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def only_layer_3_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To every judge the loss is twice as large where layer 3 follows another one."""
+    real = judging.Judge.measure
+
+    def measured(self: Any, change: Any, *args: Any) -> Any:
+        figures, pools = real(self, change, *args)
+        followed = any(3 in pool.members for pool in pools)
+        return [{**f, "loss": f["loss"] * (1 + followed)} for f in figures], pools
+
+    monkeypatch.setattr(judging.Judge, "measure", measured)

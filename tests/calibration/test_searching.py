@@ -78,18 +78,15 @@ def test_a_killed_search_goes_on_where_it_was(
 
 
 def test_flips_of_anchors_follow_the_loss(
-    model: Any, tokens: list[Tensor], asked: Asked, found: Found, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    tokens: list[Tensor],
+    asked: Asked,
+    found: Found,
+    only_layer_3_matters: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a judge to whom only layer 3 matters it becomes an anchor, if the mass says that it may."""
+    """Layer 3 becomes an anchor, if the mass says that it may."""
     assert found.plan.pattern()[3] == "S"
-    real = judging.Judge.measure
-
-    def measured(self: Any, change: Any, *args: Any) -> Any:
-        figures, pools = real(self, change, *args)
-        followed = any(3 in pool.members for pool in pools)
-        return [{**f, "loss": f["loss"] * (1 + followed)} for f in figures], pools
-
-    monkeypatch.setattr(judging.Judge, "measure", measured)
     for near, role in ((1.0, "S"), (2.0, "F")):
         monkeypatch.setattr(mass_finder, "NEAR", near)
         assert find(model, tokens, asked, progress=False).plan.pattern()[3] == role
