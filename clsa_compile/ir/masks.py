@@ -95,6 +95,13 @@ _TORCH_RELATIONS: dict[Any, Callable[[Any, Any], Any]] = {
 }
 
 
+def is_triangle(text: str, rows: object, keys: object) -> bool:
+    """Tells whether a predicate, as text, is exactly `kv <= q` over as many rows as keys."""
+    if not text or not isinstance(rows, int) or rows != keys:
+        return False
+    return bool(parse_predicate(text) in (KV_ <= Q_, Q_ >= KV_))
+
+
 def predicate_to_torch(predicate: Any, index: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
     """Evaluates a predicate, or a number in one, over broadcastable index tensors.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clsa_compile.ir.masks import is_triangle
 from clsa_compile.ir.pages import check_pages, key_slots
 
 
@@ -17,7 +18,8 @@ class Facts:
 
     B, H, Hkv, S, T, D, Dv as in `ir/ops.py`; for `index_topk` H counts index heads and D is the width of
     the index. `topk` is K, 0 for dense attention. `paged`: the cache is a pool of pages, and T is M * P.
-    `pooled`: only some tokens may be selected, or looked at.
+    `pooled`: only some tokens may be selected, or looked at. `formula`: a predicate alone says which keys a
+    query may read, and it is not just `kv <= q` over as many queries as keys.
     """
 
     op: str
@@ -37,6 +39,7 @@ class Facts:
     lse_used: bool
     paged: bool = False
     pooled: bool = False
+    formula: bool = False
 
     @classmethod
     def of(cls, op: str, values: Mapping[str, Any], lse_used: bool) -> Facts:
@@ -56,6 +59,7 @@ class Facts:
         q, k, mask, pages = values["q"], values["k"], values["mask"], values.get("pages")
         check_pages(q, k, values.get("v"), pages)
         topk = values["indices"].shape[-1] if op == "sparse_attention" else values.get("topk", 0)
+        predicate, s, t = values.get("predicate", ""), _static(q.shape[2]), _static(key_slots(k, pages))
         among = {"index_topk": "candidates", "attention_mass": "indices"}.get(op, "")
         return cls(
             op=op,
@@ -64,8 +68,8 @@ class Facts:
             B=_static(q.shape[0]),
             H=int(q.shape[1]),
             Hkv=int(k.shape[1]),
-            S=_static(q.shape[2]),
-            T=_static(key_slots(k, pages)),
+            S=s,
+            T=t,
             D=int(q.shape[3]),
             Dv=int(values["v"].shape[3]) if "v" in values else 0,
             topk=_static(topk) or 0,
@@ -75,6 +79,7 @@ class Facts:
             lse_used=lse_used,
             paged=pages is not None,
             pooled=values.get(among) is not None,
+            formula=mask is None and bool(predicate) and not is_triangle(predicate, s, t),
         )
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from clsa_compile.ir.masks import KV_, Q_, parse_predicate
+from clsa_compile.ir.masks import is_triangle
 from clsa_compile.ir.ops import attend_mask
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
-from clsa_compile.kernels.launch import Wrap, static
+from clsa_compile.kernels.dense_attention import rows
+from clsa_compile.kernels.launch import Wrap
 
 
 def supports(facts: Facts) -> Support:
@@ -27,14 +28,11 @@ def supports(facts: Facts) -> Support:
         return Support(False, "torch's attention reads no paged cache")
     if facts.lse_used:
         return Support(False, "torch's attention does not hand out the lse")
+    if facts.formula and facts.device != "cpu" and rows.supports(facts).ok:
+        return Support(
+            False, "the mask is a formula: written out it has S x T elements, and no block is skipped"
+        )
     return SUPPORTED
-
-
-def is_causal(predicate: str, s: object, t: object) -> bool:
-    """Tells whether the predicate is exactly what `is_causal=True` means for S rows and T keys."""
-    if not predicate or not static(s) or s != t:
-        return False
-    return bool(parse_predicate(predicate) in (KV_ <= Q_, Q_ >= KV_))
 
 
 def launch(
@@ -58,7 +56,7 @@ def launch(
     hkv, t = k.shape[1], k.shape[2]
     lse = q.new_empty((b, h, s), dtype=torch.float32)
     grouped = h != hkv
-    if mask is None and (not predicate or is_causal(predicate, s, t)):
+    if mask is None and (not predicate or is_triangle(predicate, s, t)):
         out = scaled_dot_product_attention(
             q, k, v, is_causal=bool(predicate), scale=scale, enable_gqa=grouped
         )

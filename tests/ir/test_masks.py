@@ -25,6 +25,7 @@ from clsa_compile.ir.masks import (
     floordiv,
     index_grid,
     interval,
+    is_triangle,
     load,
     mod,
     parse_predicate,
@@ -338,3 +339,12 @@ def test_what_is_taken_for_an_interval_is_one(predicate: Any) -> None:
 )
 def test_what_is_no_interval_of_keys_is_told(text: str) -> None:
     assert interval(parse_predicate(text)) is None
+
+
+def test_only_the_plain_triangle_is_one() -> None:
+    assert is_triangle("kv <= q", 8, 8)
+    assert is_triangle("q >= kv", 8, 8)
+    for predicate, rows, keys in (("kv < q", 8, 8), ("kv <= q", 8, 9), ("", 8, 8), ("kv <= q + 1", 8, 8)):
+        assert not is_triangle(predicate, rows, keys)
+    unknown = object()
+    assert not is_triangle("kv <= q", unknown, unknown)

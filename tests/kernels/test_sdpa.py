@@ -9,7 +9,7 @@ import torch
 
 from clsa_compile.ir.ops import attention_reference
 from clsa_compile.ir.variants import Facts
-from clsa_compile.kernels.dense_attention.sdpa import is_causal, supports
+from clsa_compile.kernels.dense_attention.sdpa import supports
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 Run = Callable[..., Any]
@@ -85,13 +85,6 @@ def test_nan_of_a_valid_row_is_not_hidden(where: str, run: Run) -> None:
     assert (out[:, :, 3] == 0).all()
 
 
-def test_only_the_plain_triangle_is_causal() -> None:
-    assert is_causal("kv <= q", 8, 8)
-    assert is_causal("q >= kv", 8, 8)
-    for predicate, s, t in (("kv < q", 8, 8), ("kv <= q", 8, 9), ("", 8, 8), ("kv <= q + 1", 8, 8)):
-        assert not is_causal(predicate, s, t)
-
-
 def test_what_is_refused_has_a_reason() -> None:
     known: dict[str, Any] = {
         "op": "attention", "device": "cuda", "dtype": torch.bfloat16, "B": None, "H": 8, "Hkv": 2,
@@ -103,3 +96,7 @@ def test_what_is_refused_has_a_reason() -> None:
         support = supports(Facts(**(known | {name: True})))
         assert not support.ok
         assert support.reason
+    written_out = known | {"formula": True}
+    assert "written out it has S x T elements" in supports(Facts(**written_out)).reason
+    assert supports(Facts(**(written_out | {"D": 512}))).ok, "no other kernel takes such wide heads"
+    assert supports(Facts(**(written_out | {"device": "cpu"}))).ok, "there is no other kernel"
