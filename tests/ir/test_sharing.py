@@ -161,14 +161,14 @@ def test_a_layer_may_follow_itself() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "its version is 2, and this clsa reads version 1"),
+        ({"version": 3}, "its version is 3, and this clsa reads versions up to 2"),
         ({"version": None}, "its version is None"),
         ({"format": "other"}, "this is no sharing plan"),
         ({"colour": "red"}, "unknown fields: colour"),
         ({"topk": "64"}, "topk is '64'"),
         ({"topk": 10**6}, "accepted: 1 to 4096"),
         ({"layers": [{"path": "a"}]}, "missing fields in layers[0]: heads"),
-        ({"pools": [{"anchor": 0}]}, "missing fields in pools[0]: members, rows, sources"),
+        ({"pools": [{"anchor": 0}]}, "missing fields in pools[0]: index, members, rows, sources"),
         ({"model": {"name": 1}}, "missing fields in model"),
         ({"quality": {"kl": "low"}}, "quality.kl is 'low'"),
     ],
