@@ -60,8 +60,9 @@ def add_distill(commands: Any) -> None:
     _add_text(parser)
     parser.add_argument("--topk", type=int, required=True, help="tokens that layers attend to, 1 to 4096")
     parser.add_argument(
-        "--groups", type=int, nargs="+", default=[4], help="their number, or the layers they begin at: 0 8 15"
+        "--groups", type=int, nargs="+", help="how many indices, or the layers their groups begin at: 0 8 15"
     )
+    parser.add_argument("--budget", type=float, help="increase of perplexity to stay within; 0.01 is 1%%")
     parser.add_argument("--steps", type=int, default=2000, help="a sequence each (default 2000)")
     parser.add_argument("--score", default="mixture", help="'mixture' (default) or 'lightning'")
     parser.add_argument("--kv-heads", type=int, help="key heads that an index reads (default: all)")
@@ -118,8 +119,9 @@ def run_distill(arguments: argparse.Namespace) -> int:
     from clsa_compile.calibration.distilling import Wanted, train
 
     _check_out(arguments.out)
-    groups = arguments.groups[0] if len(arguments.groups) == 1 else tuple(arguments.groups)
-    names = ("topk", "steps", "score", "kv_heads", "seed")
+    groups = None if arguments.groups is None else tuple(arguments.groups)
+    groups = groups[0] if groups is not None and len(groups) == 1 else groups
+    names = ("topk", "budget", "steps", "score", "kv_heads", "seed")
     wanted = Wanted(groups=groups, **{name: getattr(arguments, name) for name in names})
     loaded = load(arguments.model, arguments.device, arguments.dtype)
     sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)

@@ -18,6 +18,7 @@ from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.routing import Index
 from clsa_compile.ir.sites import AttentionSite, Operand
 from clsa_compile.ir.tensors import placed
+from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.emit import Emitter
 
 aten = torch.ops.aten
@@ -67,8 +68,8 @@ def product(site: AttentionSite) -> Product | str:
         return f"{what} the queries of {site.path}"
     (node, (rows, weight)), *_ = found.items()
     between = _between(node, after)
-    if any(map(_writes, between)):
-        return f"the queries of {site.path} are written in place"
+    if _is_written(site, (node, *between)):
+        return f"the queries of {site.path}, or what they are made of, are written in place"
     if rows.meta["val"].dim() not in (2, 3):
         return f"the queries of {site.path} are made of {rows.meta['val'].dim()} dimensions, not of rows"
     return Product(node, rows, weight, between)
@@ -152,9 +153,13 @@ def _between(first: Node, nodes: list[Node]) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _writes(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+def _is_written(site: AttentionSite, nodes: tuple[Node, ...]) -> bool:
+    """Tells whether a copy of nodes that stands right before an attention would compute something else."""
+    order = Order(site.out.graph)
+    if any(order.writes(node) for node in nodes):
+        return True
+    reads = ((operand, node) for node in nodes for operand in node.all_input_nodes)
+    return any(order.write_between(operand, node, site.out) is not None for operand, node in reads)
 
 
 def _heads(emit: Emitter, node: Node, first: int, count: int, of: int) -> Node:

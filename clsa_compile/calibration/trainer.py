@@ -79,10 +79,10 @@ class Trainer:
                 self._keep(number + 1)
             done()
 
-    def plan(self, topk: int) -> SharingPlan:
+    def plan(self) -> SharingPlan:
         """Returns the plan of the indices as they are now."""
         return SharingPlan(
-            topk=topk,
+            topk=self._training.topk,
             layers=self._known.layers,
             pools=self._pools,
             keep_first=0,
