@@ -25,8 +25,8 @@ from clsa_compile.policies.anchors import best, followers
 
 __all__ = ["Wanted", "distill", "train"]
 
-# One of so many sequences only judges.
-HELD_OUT = 4
+# One of so many sequences only judges, and no more than so many.
+HELD_OUT, MOST_HELD_OUT = 4, 16
 # Sequences whose attention says where groups begin.
 LOOKED_AT = 8
 
@@ -107,11 +107,11 @@ def distill(
     The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
     all key heads of it or the best `kv_heads`, by queries of its own; it learns from the mean attention of
     the group's layers and heads (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
-    or [T], many of them; the last quarter of the sequences only judges. `groups` is their number or the
-    layers that they begin at, counted among those that may share. With a `budget`, an increase of perplexity
-    (0.01 is one percent), there are more groups until it holds on the sequences that judge. `folder` keeps
-    checkpoints: training that was killed goes on. The same arguments and seed give the same plan on the same
-    device. Raises OptionError for what cannot be asked, DistillError where training fails.
+    or [T], many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
+    or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
+    perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
+    `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the same
+    plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails.
     """
     chosen = groups if groups is None or isinstance(groups, int) else tuple(groups)
     wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed)
@@ -136,7 +136,7 @@ def train(
             "clsa_compile.search finds which of them need to run"
         )
     wanted.check(len(known.layers))
-    held = max(1, round(len(given) / HELD_OUT))
+    held = min(MOST_HELD_OUT, max(1, round(len(given) / HELD_OUT)))
     with Progress(progress) as shown:
         finder = _Finder(known, given[:-held], given[-held:], wanted, shown)
         return found(finder, wanted.count, wanted.budget)

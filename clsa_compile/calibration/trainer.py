@@ -42,8 +42,8 @@ class Training:
     kv_heads: int | None = None
     seed: int = 0
     rows: int = 256
-    query_rate: float = 3e-4
-    head_rate: float = 1e-3
+    query_rate: float = 3e-3
+    head_rate: float = 1e-2
 
 
 class Trainer:

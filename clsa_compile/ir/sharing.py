@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,17 @@ class SharingPlan:
     def digest(self) -> str:
         """Returns the sha256 of the content: it differs whenever what is compiled may differ."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def at(self, topk: int) -> SharingPlan:
+        """Returns the plan for another number of tokens; what was measured is not known for it.
+
+        For indices only, which rank all tokens: weights of heads were fitted to a number of them. Raises
+        PlanError.
+        """
+        if self.kind != "distilled":
+            raise PlanError(f"this plan is for {self.topk} tokens; {_AGAIN}")
+        pools = tuple(replace(pool, topk=topk) for pool in self.pools)
+        return replace(self, topk=topk, pools=pools, quality={})
 
     def pattern(self) -> str:
         """Returns the schedule, a letter a layer: S attends to tokens that the last F, or I, chose.

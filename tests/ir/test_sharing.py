@@ -288,3 +288,15 @@ def test_files_of_the_first_version_are_read(tmp_path: Path) -> None:
     old["pools"] = [{n: value for n, value in entry.items() if n != "index"} for entry in data["pools"]]
     (tmp_path / "plan.json").write_text(json.dumps(old))
     assert SharingPlan.load(tmp_path / "plan.json") == plan()
+
+
+def test_indices_rank_for_any_number_of_tokens() -> None:
+    made = distilled(quality={"kl": 0.5})
+    other = made.at(128)
+    assert (other.topk, other.quality, other.pools[1].topk) == (128, {}, 128)
+    assert other.weights == made.weights
+    assert other.at(64) == distilled(quality={})
+    with pytest.raises(PlanError, match="accepted: 1 to 4096"):
+        made.at(5000)
+    with pytest.raises(PlanError, match="this plan is for 64 tokens"):
+        plan().at(32)
