@@ -30,7 +30,7 @@ MOST_ELEMENTS = 400_000_000
 FEWEST_ROWS, MOST_ROWS = 4, 48
 # Flips that are tried: of those that the mass says cost at most so much more, the likeliest.
 FLIPS = 6
-NEAR = 1.05
+NEAR = 1.2
 # Mass is the square root of the probability: sums of roots find what several heads look at a little.
 POWER = 0.5
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -19,11 +20,15 @@ from triton.backends.compiler import GPUTarget
 
 import clsa_compile.backend
 from clsa_compile.backend import decided
+from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.stages import Stages
 from clsa_compile.capture.dynamo import capture
 from clsa_compile.config import Options
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Index, Pool
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.ir.variants import SUPPORTED
 from clsa_compile.kernels.catalog import VARIANTS
 from clsa_compile.passes.pipeline import carry_out, decide
@@ -68,6 +73,35 @@ class Passes:
 @pytest.fixture
 def passes() -> Passes:
     return Passes()
+
+
+def random_indices(
+    model: nn.Module, score: str = "sum: exp(dot + weight)", kv_heads: int = 2, first: int = 0
+) -> SharingPlan:
+    """A plan for 8 tokens whose two indices, for layers from 0 and from 2 on, have random weights."""
+    known = Model(model, torch.arange(40)[None] % 50, Stages(None))
+    generator = torch.Generator().manual_seed(0)
+    forward = known.forward(torch.arange(40)[None] % 50)
+    tensors: dict[str, Tensor] = {}
+    pools = []
+    for number, members in enumerate(((0, 1), tuple(range(2, len(known.layers))))):
+        weight, width = forward.product(members[0])
+        layer = known.layers[members[0]]
+        heads = kv_heads * (layer.heads // layer.kv_heads)
+        index = Index(str(number), score, first, kv_heads)
+        shapes = (tuple(weight.shape), (heads, width), (heads,))
+        made = (torch.randn(shape, generator=generator) * 0.3 for shape in shapes)
+        tensors |= dict(zip(index.tensor_names(), made, strict=True))
+        pools.append(Pool(members[0], 8, {}, members, index=index))
+    return SharingPlan(
+        8, known.layers, tuple(pools), 0, 0, kind="distilled", model=known.fingerprint, tensors=tensors
+    )
+
+
+@pytest.fixture
+def index_plan() -> Callable[..., SharingPlan]:
+    """Makes a plan of trained indices for a model."""
+    return random_indices
 
 
 class H100:

@@ -91,6 +91,25 @@ def test_indexers_that_select_among_what_is_offered_equal_the_references(mode: s
     assert largest_difference(expected, _on_cpu(actual)) < 1e-4
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_trained_indices_equal_the_references(
+    kv_heads: int, cache: str, mode: str, passes: Any, index_plan: Any
+) -> None:
+    """The oracle of test_distilled.py holds for the references."""
+    model = tiny("llama", num_hidden_layers=4)
+    options = {"share": index_plan(model, kv_heads=kv_heads), "prefill": "sparse"}
+    passes.options = Options.read(options)
+    expected = generate_steps(torch.compile(model, backend=passes), model.config, cache=cache, steps=12)
+    torch._dynamo.reset()
+    model = model.cuda()
+    run = torch.compile(model, backend="clsa", options={**options, "mode": mode})
+    actual = generate_steps(run, model.config, cache=cache, steps=12, prime=model)
+    assert largest_difference(expected, _on_cpu(actual)) < 1e-4
+    assert counters["clsa"]["sparse_attention"] > 0
+
+
 def _on_cpu(transcript: Transcript) -> Transcript:
     return Transcript([x.cpu() for x in transcript.logits], transcript.cache)
 

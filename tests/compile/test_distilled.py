@@ -15,41 +15,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clsa_compile
 from clsa_compile.config import Options
-from clsa_compile.ir.routing import Index, Pool
+from clsa_compile.ir.routing import Pool
 from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.ir.sharing import SharingPlan
-from clsa_compile.policies.anchors import followers
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 LAYERS, PROMPT, STEPS, LENGTH, TOPK, TOLERANCE = 4, 20, 5, 48, 8, 1e-4
 MIXTURE = "sum: exp(dot + weight)"
-
-
-def make_plan(
-    model: nn.Module, score: str = MIXTURE, kv_heads: int = 2, first: int = 0, starts: Any = (0, 2)
-) -> SharingPlan:
-    """A plan whose indices have random weights."""
-    from clsa_compile.calibration.given import Model
-    from clsa_compile.calibration.stages import Stages
-
-    known = Model(model, torch.arange(LENGTH)[None] % 50, Stages(None))
-    generator = torch.Generator().manual_seed(0)
-    forward = known.forward(torch.arange(LENGTH)[None] % 50)
-    tensors: dict[str, Tensor] = {}
-    pools = []
-    for number, start in enumerate(starts):
-        weight, width = forward.product(start)
-        layer = known.layers[start]
-        heads = kv_heads * (layer.heads // layer.kv_heads)
-        index = Index(str(number), score, first, kv_heads)
-        shapes = (tuple(weight.shape), (heads, width), (heads,))
-        made = (torch.randn(shape, generator=generator) * 0.3 for shape in shapes)
-        tensors |= dict(zip(index.tensor_names(), made, strict=True))
-        members = (start, *followers(starts, len(known.layers)).get(start, ()))
-        pools.append(Pool(start, TOPK, {}, members, index=index))
-    return SharingPlan(
-        TOPK, known.layers, tuple(pools), 0, 0, kind="distilled", model=known.fingerprint, tensors=tensors
-    )
 
 
 class Oracle:
@@ -123,10 +95,10 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
-    family: str, prefill: str, cache: str, passes: Any
+    family: str, prefill: str, cache: str, passes: Any, index_plan: Any
 ) -> None:
     model = tiny(family, num_hidden_layers=LAYERS)
-    plan = make_plan(model)
+    plan = index_plan(model)
     passes.options = Options.read({"share": plan, "prefill": prefill})
     ours = run(torch.compile(model, backend=passes), model.config, cache)
     wanted = expected(model, plan, cache, prefill == "sparse")
@@ -138,17 +110,19 @@ def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
 
 @pytest.mark.parametrize(("kv_heads", "first"), [(1, 0), (1, 1)])
 @pytest.mark.parametrize("score", [MIXTURE, LIGHTNING.text])
-def test_an_index_may_read_some_key_heads_only(score: str, kv_heads: int, first: int, passes: Any) -> None:
+def test_an_index_may_read_some_key_heads_only(
+    score: str, kv_heads: int, first: int, passes: Any, index_plan: Any
+) -> None:
     model = tiny("llama", num_hidden_layers=LAYERS)
-    plan = make_plan(model, score=score, kv_heads=kv_heads, first=first)
+    plan = index_plan(model, score=score, kv_heads=kv_heads, first=first)
     passes.options = Options.read({"share": plan, "prefill": "sparse"})
     ours = run(torch.compile(model, backend=passes), model.config, "static")
     assert largest_difference(expected(model, plan, "static", True), ours) < TOLERANCE
 
 
-def test_the_file_of_a_plan_is_the_plan(tmp_path: Path, passes: Any) -> None:
+def test_the_file_of_a_plan_is_the_plan(tmp_path: Path, passes: Any, index_plan: Any) -> None:
     model = tiny("llama", num_hidden_layers=LAYERS)
-    plan = make_plan(model)
+    plan = index_plan(model)
     path = tmp_path / "plan.json"
     plan.save(path)
     transcripts = []
@@ -159,25 +133,25 @@ def test_the_file_of_a_plan_is_the_plan(tmp_path: Path, passes: Any) -> None:
     assert largest_difference(*transcripts) == 0
 
 
-def test_another_model_is_refused(passes: Any) -> None:
-    plan = make_plan(tiny("llama", num_hidden_layers=LAYERS))
+def test_another_model_is_refused(index_plan: Any) -> None:
+    plan = index_plan(tiny("llama", num_hidden_layers=LAYERS))
     other = tiny("llama", num_hidden_layers=LAYERS + 1)
     with pytest.raises(BackendCompilerFailed, match=re.escape("the plan is for 4 dense layers that can")):
         clsa_compile.inspect(other, torch.arange(30)[None], options={"share": plan})
 
 
-def test_the_report_says_what_an_index_is_for() -> None:
+def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:
     model = tiny("llama", num_hidden_layers=LAYERS)
-    options = {"share": make_plan(model), "prefill": "sparse"}
+    options = {"share": index_plan(model), "prefill": "sparse"}
     text = str(clsa_compile.inspect(model, torch.arange(30)[None], options=options))
     assert "layers 0, 1 share an index trained for them, over the keys of layer 0" in text
     assert "8 tokens by an index trained for layers 2, 3" in text
     assert "schedule ISIS" in text
 
 
-def test_a_whole_model_compiles() -> None:
+def test_a_whole_model_compiles(index_plan: Any) -> None:
     model = tiny("llama", num_hidden_layers=LAYERS)
-    plan = make_plan(model)
+    plan = index_plan(model)
     options = {"share": plan, "prefill": "sparse", "strict": True}
     ids = torch.arange(40)[None]
     with torch.no_grad():
