@@ -21,6 +21,7 @@ from clsa_compile.layers import layers_of
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.prediction import LENGTHS, device_of, predict
 from clsa_compile.report import Details, Report
+from clsa_compile.sources import sources_of
 
 __all__ = ["Report", "inspect"]
 
@@ -88,7 +89,9 @@ class _Seen:
         captured, decision = result
         self._plans.append(decision.plan)
         prediction = predict(captured, decision, self._device)
-        self._details.append(Details(layers_of(captured, decision), prediction))
+        layers = layers_of(captured, decision)
+        # Last: it spoils the graph.
+        self._details.append(Details(layers, prediction, sources_of(captured, decision)))
 
     def stop(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._look(gm, inputs)

@@ -12,6 +12,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.layers import Layer
 from clsa_compile.prediction import LENGTHS, Prediction
+from clsa_compile.sources import Sources
 
 __all__ = ["SCHEMA", "Details", "Report"]
 
@@ -21,10 +22,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Of one graph: each attention, and the cost of a call where one was understood."""
+    """Of one graph: each attention, the cost of a call where one was understood, and its kernels' sources."""
 
     layers: tuple[Layer, ...]
     prediction: Prediction | None
+    sources: Sources | None = None
 
 
 @dataclass(frozen=True, slots=True)
