@@ -17,6 +17,7 @@ from clsa_compile.capture.dynamo import GraphBreak
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.layers import layers_of
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.prediction import LENGTHS, device_of, predict
@@ -79,7 +80,9 @@ class _Seen:
         self._left: list[str] = []
 
     def report(self) -> Report:
-        return Report(tuple(self._plans), tuple(self._left), tuple(self._details), self._lengths)
+        share = self._options.share
+        sharing = share if isinstance(share, SharingPlan) else None
+        return Report(tuple(self._plans), tuple(self._left), tuple(self._details), self._lengths, sharing)
 
     def _look(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         result = examine(gm, inputs, self._options)
