@@ -109,7 +109,7 @@ def _plan_table(plan: Plan) -> Table:
             entry.action,
             f"{entry.heads}/{entry.kv_heads}" if entry.heads else "",
             entry.mask,
-            f"top {entry.topk} of {entry.score}" if entry.topk else "",
+            f"top {entry.topk}" + (f" of {entry.score}" if entry.score else "") if entry.topk else "",
             entry.reason,
         )
     return table

@@ -11,7 +11,7 @@ from clsa_compile.ir.routing import Pool
 __all__ = ["Cell", "Heads", "Map", "heads_of", "map_of"]
 
 # Pixels: the sides of a cell where there is room and where there is little, what all columns take then.
-SIDE, LEAST, EXTENT = 22, 6, 640
+SIDE, LEAST, EXTENT = 22, 6, 960
 LEFT, TOP = 44, 44
 # So far from each other labels stand.
 LABELS = 24

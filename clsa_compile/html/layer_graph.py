@@ -182,12 +182,13 @@ class _Drawing:
             reading, whose = self._readings[row[0]], f"of {_layers(row)} {self._label(row)}"
             if reading.chooses:
                 is_index = reading.chooses == "index"
+                times = f" \u00d7{len(row)}" if len(row) > 1 else ""
                 yield Node(
                     x=self._chip,
                     y=self._y(place),
                     width=CHIP,
                     kind=reading.chooses,
-                    label="index" if is_index else "chooses",
+                    label=f"index{times}" if is_index else "chooses",
                     word="",
                     colour=self._colour(place),
                     first=row[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -15,25 +16,26 @@ __all__ = ["HEIGHT", "WIDTH", "CostPlot", "Line", "Mark", "Roofline", "cost_plot
 
 # Units of a plot: the picture, and where its axes end.
 WIDTH, HEIGHT = 400, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 394, 26, 254
+LEFT, RIGHT, TOP, BOTTOM = 62, 394, 30, 254
 # A line is drawn through so many points.
 STEPS = 96
 # Lengths that the plot shows at least, and how much room there is behind the longest that was asked for.
 SHORTEST, LONGEST, BEHIND = 256, 2**20, 2
-# Numbers of points stand no nearer to each other than this.
-APART = 13
+# Numbers stand so far from their points, no nearer to others, and so much higher or lower where they must.
+APART = 12
+NEAR = (0, -12, 12, -24, 24, -36, 36)
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point of a side, "before" or "after", with its number or text, and what it says."""
+    """A point of a side, "before" or "after", what it says, its number, and where that stands."""
 
     side: str
     x: float
     y: float
     says: str
     number: int = 0
-    label_y: float = 0.0
+    label: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +165,23 @@ def _entries(found: Prediction, tokens: int) -> list[Entry]:
 
 
 def _numbered(entries: Sequence[Entry], x: Axis, y: Axis) -> tuple[Mark, ...]:
-    """Returns points with their numbers beside them, moved up where they would meet."""
-    marks: list[Mark] = []
-    for entry in sorted(entries, key=lambda e: e.speed):
-        px, py = x.at(entry.intensity), y.at(entry.speed)
-        label = py
-        while any(abs(m.x - px) < 2 * APART and abs(m.label_y - label) < APART for m in marks):
-            label -= APART
+    """Returns points with their numbers beside them, where no other point or number is if that can be."""
+    points = [(x.at(entry.intensity), y.at(entry.speed)) for entry in entries]
+    taken = list(points)
+    marks = []
+    for entry, (px, py) in zip(entries, points, strict=True):
+        places = [(px + dx, py + dy) for dy in NEAR for dx in (APART, -APART)]
+        free = [place for place in places if all(map(partial(_is_apart, place), taken))]
+        label = (free or places)[0]
+        taken.append(label)
         says = (
             f"{entry.number}: {entry.name}, {entry.side}: {entry.intensity:.3g} flop/byte, "
             f"{scaled(entry.speed, 'flop/s')}"
         )
-        marks.append(Mark(entry.side, px, py, says, entry.number, round(label, 2)))
+        marks.append(Mark(entry.side, px, py, says, entry.number, (round(label[0], 2), round(label[1], 2))))
     return tuple(marks)
+
+
+def _is_apart(place: tuple[float, float], other: tuple[float, float]) -> bool:
+    inside = LEFT < place[0] < RIGHT and TOP < place[1] < BOTTOM
+    return inside and max(abs(place[0] - other[0]), abs(place[1] - other[1])) >= APART - 1

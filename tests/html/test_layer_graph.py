@@ -42,6 +42,14 @@ def test_an_index_in_each_layer_becomes_one_for_four(make: Any) -> None:
     assert [node.colour for node in after.nodes] == [0] * 4 + [1] * 4
 
 
+def test_indexers_that_are_drawn_as_one_are_counted(make: Any) -> None:
+    folded = drawn(make(16)).folded
+    assert folded is not None
+    before, after = folded
+    assert [chip.label for chip in before.chips if chip.kind == "index"] == ["index", "index \u00d73"] * 4
+    assert [chip.label for chip in after.chips if chip.kind == "index"] == ["index"] * 4
+
+
 def test_a_dense_model_has_no_place_for_indexers_before(make: Any) -> None:
     before, after = drawn(make(8, "mass")).whole
     assert {chip.kind for chip in before.chips} == {"keys"}

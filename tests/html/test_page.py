@@ -6,15 +6,18 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clsa_compile import inspect
+from clsa_compile.html.layer_graph import COLOURS
 from clsa_compile.html.page import _json, pages, render
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.sharing import SharingPlan
@@ -23,7 +26,39 @@ from clsa_compile.sources import Call, Sources
 from clsa_compile.testing import tiny
 
 HOSTILE = ["<script>alert(1)</script>", '"><b>', "</title></template>", "&lt;", "{{ graphs }}", "]]>", "';"]
-VOID = ("meta", "input", "link", "path", "rect", "circle")
+# Machado, Oliveira and Fernandes 2009, severity 1.0, over linear sRGB.
+DEFICIENCIES = {
+    "none": np.eye(3).tolist(),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
 
 
 class Read(HTMLParser):
@@ -147,6 +182,25 @@ def test_whatever_is_shown_is_escaped(hostile: str, make: Any) -> None:
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in plain.tags]
     if hostile in HOSTILE:
         assert found.text.count(hostile) >= 10
+
+
+def seen_with(deficiency: np.ndarray, colour: str) -> np.ndarray:
+    """Returns a colour as somebody sees it who lacks one kind of cones, in OKLab."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    cones = np.cbrt(CONES @ np.clip(deficiency @ linear, 0, 1))
+    return np.asarray(OKLAB @ cones)
+
+
+@pytest.mark.parametrize("name", ["protanopia", "deuteranopia", "tritanopia", "none"])
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_groups_next_to_each_other_can_be_told_apart(scheme: int, name: str) -> None:
+    style = (files("clsa_compile.html") / "page.css").read_text()
+    pairs = re.findall(r"--g\d: light-dark\((#\w+), (#\w+)\);", style)
+    assert len(pairs) == COLOURS
+    seen = [seen_with(np.array(DEFICIENCIES[name]), pair[scheme]) for pair in pairs]
+    apart = [float(np.linalg.norm(a - b)) for a, b in zip(seen, [*seen[1:], seen[0]], strict=True)]
+    assert min(apart) > 0.15, [round(d, 3) for d in apart]
 
 
 def test_several_graphs_have_names(make: Any) -> None:

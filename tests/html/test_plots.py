@@ -106,8 +106,14 @@ def test_numbers_do_not_stand_on_each_other(found: Prediction) -> None:
     same = replace(found, operations=(found.operations[0] * 6, found.operations[1]))
     roof = roofline(same, 4096)
     assert roof is not None
-    labels = [(mark.x, mark.label_y) for mark in roof.marks]
-    assert len(set(labels)) == len(labels)
+    labels = [mark.label for mark in roof.marks]
+    assert len(labels) == 9
+    apart = [
+        max(abs(a[0] - b[0]), abs(a[1] - b[1]))
+        for i, a in enumerate(labels)
+        for b in (*labels[:i], *((mark.x, mark.y) for mark in roof.marks))
+    ]
+    assert min(apart) >= 11
 
 
 def test_without_a_device_there_is_no_roof(found: Prediction) -> None:
