@@ -18,7 +18,7 @@ __all__ = ["COLOURS", "Arrows", "Graph", "Node", "Side", "graph_of"]
 # Of the style sheet: --g0 and so on.
 COLOURS = 6
 ROW, HEIGHT, MARGIN = 40, 28, 8
-NODE, CHIP, KEYS, GAP = 124, 66, 38, 19
+NODE, CHIP, KEYS, GAP = 124, 72, 38, 19
 # Edges that go by rows run in tracks: so far from each other, and no wider than this together.
 TRACK, TRACKS = 8, 56
 CORNER = 5
@@ -182,13 +182,12 @@ class _Drawing:
             reading, whose = self._readings[row[0]], f"of {_layers(row)} {self._label(row)}"
             if reading.chooses:
                 is_index = reading.chooses == "index"
-                times = f" \u00d7{len(row)}" if len(row) > 1 else ""
                 yield Node(
                     x=self._chip,
                     y=self._y(place),
                     width=CHIP,
                     kind=reading.chooses,
-                    label=f"index{times}" if is_index else "chooses",
+                    label=_counted(len(row)) if is_index else "chooses",
                     word="",
                     colour=self._colour(place),
                     first=row[0],
@@ -265,6 +264,13 @@ class _Drawing:
             ]
             heads = [_left(edge, self._y(other)) for other in others]
             yield Arrows("keys", None, "".join([f"M{self._keys + KEYS} {y}{trunk}", *ends]), "".join(heads))
+
+
+def _counted(number: int) -> str:
+    """Returns the label of indexers that are drawn as one."""
+    if number == 1:
+        return "index"
+    return f"index \u00d7{number}" if number < 10 else f"\u00d7{number}"
 
 
 def _kind(site: SitePlan, reading: Reading, side: str) -> str:

@@ -7,7 +7,7 @@ function layersOf(graph) {
   const heads = [...graph.querySelectorAll(".layers thead th")].map((head) => head.textContent);
   const span = (node) => ({ node, first: Number(node.dataset.first), last: Number(node.dataset.last) });
   let nodes = [...graph.querySelectorAll(".node")].map(span);
-  const box = graph.querySelector(".tall");
+  const box = graph.querySelector(".table .tall");
   const details = graph.querySelector(".details");
   const about = [...details.childNodes];
   let texts = null;

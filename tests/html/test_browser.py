@@ -78,6 +78,17 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
     assert [line for line in noise if line != "data:,"] == []
 
 
+@pytest.mark.parametrize(
+    ("wanted", "outcome"), [("", pytest.skip.Exception), ("required", pytest.fail.Exception)]
+)
+def test_without_a_browser_these_tests_skip_unless_it_is_required(
+    wanted: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLSA_BROWSER", wanted)
+    with pytest.raises(outcome, match="there is no Chromium"):
+        missing("there is no Chromium")
+
+
 def pictured(page: Any, side: str = "after") -> Any:
     return page.locator(f".picture .side.{side} .node:visible")
 
@@ -94,7 +105,10 @@ def test_a_click_on_a_node_shows_its_details_and_its_row(show: Open, make: Any) 
     assert "model.layers.5.self_attn" in details.inner_text()
     chosen = page.locator("tr.chosen")
     assert chosen.count() == 1
-    assert "model.layers.5.self_attn" in chosen.inner_text()
+    assert "model.layers.5.self_attn" in chosen.text_content()
+    page.locator(".table .tall").scroll_into_view_if_needed()
+    inside, box = chosen.bounding_box(), page.locator(".table .tall").bounding_box()
+    assert box["y"] <= inside["y"] < inside["y"] + inside["height"] <= box["y"] + box["height"] + 1
     assert page.locator(".node[aria-pressed=true]:visible").count() == 2, "before and after"
     pictured(page).nth(5).click()
     assert page.locator("tr.chosen").count() == 0
@@ -134,6 +148,26 @@ def test_the_filter_shows_rows_that_have_all_words(show: Open, make: Any) -> Non
     assert count.inner_text() == "3 of 8 layers"
     page.get_by_label("Filter").fill("nothing has this")
     assert rows(page).count() == 0
+
+
+def test_the_table_is_a_table_to_those_who_hear_it(show: Open, make: Any) -> None:
+    page = show(make(8))
+    table = page.get_by_role("region", name="table of layers").get_by_role("table")
+    assert table.get_by_role("row").count() == 9
+    assert table.get_by_role("columnheader").count() == 9
+    assert table.get_by_role("rowheader").count() == 8
+    assert table.get_by_role("cell").count() == 64
+
+
+def test_columns_stand_under_their_heads(show: Open, make: Any) -> None:
+    for report in (make(4), make(4, "mass"), Report(make(4).plans)):
+        page = show(report)
+        lefts = page.evaluate(
+            """() => [...document.querySelectorAll(".layers tr")].map((row) =>
+              [...row.cells].map((cell) => cell.getBoundingClientRect().left))"""
+        )
+        assert len(lefts) == 5
+        assert all(left == lefts[0] for left in lefts)
 
 
 def test_edges_can_be_hidden(show: Open, make: Any) -> None:
