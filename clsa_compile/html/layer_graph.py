@@ -189,7 +189,7 @@ class _Drawing:
                     kind=reading.chooses,
                     label=_counted(len(row)) if is_index else "chooses",
                     word="",
-                    colour=self._colour(place),
+                    colour=self._choice_colour(place),
                     first=row[0],
                     last=row[-1],
                     says=f"the {'indexer' if is_index else 'attention'} {whose} chooses tokens",
@@ -233,7 +233,7 @@ class _Drawing:
             end = self._chip if self._readings[self._rows[other][0]].chooses else self._node
             lines.append(f"M{x} {self._y(other) - CORNER}q0 {CORNER} {CORNER} {CORNER}H{end - 6}")
             heads.append(_right(end, self._y(other)))
-        return Arrows("index", self._colour(place), "".join(lines), "".join(heads))
+        return Arrows("index", self._choice_colour(place), "".join(lines), "".join(heads))
 
     def _is_mass(self, place: int) -> bool:
         return self._readings[self._rows[place][0]].chooses == "mass"
@@ -245,6 +245,12 @@ class _Drawing:
 
     def _colour(self, place: int) -> int | None:
         return self._painted.get(self._rows[place][0]) if self._name == "after" else None
+
+    def _choice_colour(self, place: int) -> int | None:
+        """Returns the colour of those that read what is chosen in a row."""
+        rows = [self._rows[other][0] for other in self._choosing.get(place, ())]
+        readers = [first for first in rows if self._readings[first].chooser in self._rows[place]]
+        return self._colour(self._row_of[readers[0]] if readers else place)
 
     def _key_arrows(self) -> Iterator[Arrows]:
         edge = self._node + NODE

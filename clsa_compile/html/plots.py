@@ -81,7 +81,6 @@ class Roofline:
     x: Axis
     y: Axis
     roof: str
-    ridge: float
     marks: tuple[Mark, ...]
     entries: tuple[Entry, ...]
 
@@ -143,7 +142,7 @@ def roofline(found: Prediction, tokens: int) -> Roofline | None:
     start = max(x.low, y.low / found.bandwidth)
     corners = [(start, start * found.bandwidth), (ridge, found.rate), (x.high, found.rate)]
     roof = _path([(x.at(a), y.at(b)) for a, b in corners])
-    return Roofline(tokens, x, y, roof, x.at(ridge), _numbered(drawn, x, y), tuple(entries))
+    return Roofline(tokens, x, y, roof, _numbered(drawn, x, y), tuple(entries))
 
 
 def _entries(found: Prediction, tokens: int) -> list[Entry]:

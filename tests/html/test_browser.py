@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 
 from clsa_compile.html.file import write
 from clsa_compile.html.page import render
@@ -402,6 +401,7 @@ def test_two_thousand_layers_are_ready_soon(kind: str, show: Open, make: Any) ->
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_there_is_something_to_see(scheme: str, show: Open, make: Any) -> None:
+    imread = pytest.importorskip("matplotlib.image").imread
     page = show(make(24, "mass"), color_scheme=scheme)
     for place in (".picture", ".plot >> nth=0", ".plot:visible >> nth=1", ".heat", ".figures:visible"):
         box = page.locator(place)

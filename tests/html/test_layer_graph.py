@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from clsa_compile.html import layer_graph
 from clsa_compile.html.layer_graph import Arrows, Graph, Side, graph_of
+from clsa_compile.ir.plan import Group
 
 
 def drawn(report: Any) -> Graph:
@@ -57,6 +59,17 @@ def test_a_dense_model_has_no_place_for_indexers_before(make: Any) -> None:
     assert [node.kind for node in before.nodes] == ["dense"] * 8
     assert [node.kind for node in after.nodes] == ["dense", *["sparse"] * 3] * 2
     assert [chip.label for chip in after.chips if chip.kind != "keys"] == ["chooses"] * 2
+
+
+def test_what_is_chosen_has_the_colour_of_those_that_read_it(make: Any) -> None:
+    """Layer 1 reads what layer 0 chooses, and chooses among that for layers 2 and 3."""
+    report = make(4, "mass")
+    groups = (Group("mass", 0, (1,), 2048), Group("mass", 1, (2, 3), 2048))
+    _, after = graph_of(replace(report.plans[0], groups=groups), report.layers).whole
+    assert [node.colour for node in after.nodes] == [0, 0, 1, 1]
+    assert [chip.colour for chip in after.chips if chip.kind == "mass"] == [0, 1]
+    trunks = {arrows.colour: ends(arrows) for arrows in edges(after, "index") if "V" in arrows.lines}
+    assert trunks == {0: 1, 1: 2}
 
 
 def test_a_layer_that_is_left_says_why(make: Any) -> None:

@@ -20,6 +20,8 @@ from clsa_compile import inspect
 from clsa_compile.html.layer_graph import COLOURS
 from clsa_compile.html.page import _json, pages, render
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Layer as PlanLayer
+from clsa_compile.ir.routing import Pool
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.report import Report
 from clsa_compile.sources import Call, Sources
@@ -238,8 +240,10 @@ def test_where_no_kernel_is_known_the_page_says_why(make: Any) -> None:
 
 def test_what_the_plans_file_says_of_its_quality_is_shown(make: Any) -> None:
     report = make(8, "mass")
-    sharing = SharingPlan.__new__(SharingPlan)
-    object.__setattr__(sharing, "quality", {"perplexity_increase": 0.0147, "tokens": 12288.0})
+    layers = (PlanLayer(0, 4, 2), PlanLayer(1, 4, 2))
+    pool = Pool(0, 64, {0: ((0.25,) * 4,)}, (1,), keep_first=4, keep_last=32)
+    quality = {"perplexity_increase": 0.0147, "tokens": 12288.0}
+    sharing = SharingPlan(64, layers, (pool,), quality=quality)
     words = Read(render({"": replace(report, sharing=sharing)})).words
     assert "perplexity increase 0.0147, tokens 12,288." in words
 
