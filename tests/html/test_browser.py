@@ -158,6 +158,15 @@ def test_the_table_is_a_table_to_those_who_hear_it(show: Open, make: Any) -> Non
     assert table.get_by_role("cell").count() == 64
 
 
+def test_nodes_have_names_and_say_whether_they_are_selected(show: Open, make: Any) -> None:
+    page = show(make(8))
+    node = page.get_by_role("button", name="layer 5, after: 2048 tokens by its own index")
+    assert node.count() == 1
+    node.click()
+    assert page.get_by_role("button", pressed=True).count() == 2
+    assert page.get_by_role("group", name="layer graph").count() == 1
+
+
 def test_columns_stand_under_their_heads(show: Open, make: Any) -> None:
     for report in (make(4), make(4, "mass"), Report(make(4).plans)):
         page = show(report)
