@@ -33,6 +33,8 @@ from shapes import (
     cache_bytes,
     dsa_config,
     filled_cache,
+    index_bytes,
+    index_plan,
     llama_config,
     rewind,
     score_bytes,
@@ -56,10 +58,15 @@ class Setting:
     backend: str
     options: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
+    groups: int | None = None
+    key_heads: int | None = None
 
     @property
     def label(self) -> str:
         """Names the setting in a table."""
+        if self.groups:
+            read = f" over {self.key_heads} key heads" if self.key_heads else ""
+            return f"{self.backend} {self.groups} indices{read}"
         parts = [f"{key}={value}" for key, value in self.options.items()]
         return " ".join([self.backend, *parts])
 
@@ -223,6 +230,11 @@ def decode_rows(bench: Bench, settings: list[Setting], bandwidth: float, repeats
 
 def floor_bytes(bench: Bench, setting: Setting) -> int:
     """Counts the bytes a step must read: weights, attended tokens, and one index a group."""
+    if setting.groups:
+        topk = setting.options["share"].topk
+        return weight_bytes(bench.model) + index_bytes(
+            bench.case, bench.cache, setting.groups, topk, setting.key_heads
+        )
     share, topk = setting.options.get("share", 1), setting.options.get("topk")
     return weight_bytes(bench.model) + cache_bytes(bench.case, bench.cache, share, topk)
 
@@ -371,7 +383,14 @@ def make_settings(arguments: argparse.Namespace, case: Case) -> list[Setting]:
         changed["topk"] = arguments.topk
     elif not case.has_indexer:
         changed = {}  # a dense model shares nothing without topk
-    return [*settings, Setting(arguments.backend, changed, exact=False)] if changed else settings
+    if changed:
+        settings.append(Setting(arguments.backend, changed, exact=False))
+    if arguments.groups and not case.has_indexer:
+        heads = arguments.key_heads
+        for groups in arguments.groups:
+            plan = index_plan(case.config, groups, arguments.topk or 2048, heads)
+            settings.append(Setting(arguments.backend, {"share": plan}, False, groups, heads))
+    return settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -386,6 +405,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=4096, help="tokens of the prefill chunk")
     parser.add_argument("--share", type=int, help="also measure one index for every n layers")
     parser.add_argument("--topk", type=int, help="also measure llama made sparse")
+    parser.add_argument("--groups", type=int, nargs="+", help="also llama with so many random indices")
+    parser.add_argument("--key-heads", type=int, help="key heads that such an index reads (default: all)")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--bandwidth", type=float, help="TB/s for the floor; measured by default")
     parser.add_argument("--tiny", action="store_true", help="small widths, to try the script out")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clsa_compile import SharingPlan
+
 # A file here is called kernels.py: the package of that name, which transformers looks for, goes first.
 if sys.path[0] == str(Path(__file__).parent):
     sys.path.append(sys.path.pop(0))
@@ -184,6 +186,51 @@ def cache_bytes(case: Case, cache: StaticCache, share: int = 1, topk: int | None
         row = layer.keys.shape[-1] + layer.values.shape[-1]
         total += kept * layer.keys.shape[1] * row * layer.keys.itemsize
     return case.batch * total
+
+
+def index_plan(config: PreTrainedConfig, groups: int, topk: int, key_heads: int | None) -> SharingPlan:
+    """Makes a plan of `groups` indices with random weights, as `clsa_compile.distill` trains them."""
+    layers, heads, kv_heads = (
+        getattr(config, f"num_{name}") for name in ("hidden_layers", "attention_heads", "key_value_heads")
+    )
+    hidden, width = config.hidden_size, config.head_dim
+    count = key_heads or kv_heads
+    layer = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": width}
+    starts = [i * layers // groups for i in range(groups)]
+    pools, tensors = [], {}
+    for number, (start, end) in enumerate(zip(starts, [*starts[1:], layers], strict=True)):
+        index = {"name": str(number), "score": "sum: weight*Max(0, dot)", "first_head": 0, "kv_heads": count}
+        members = list(range(start, end))
+        pools.append({"anchor": start, "members": members, "sources": {}, "rows": {}, "index": index})
+        used = count * heads // kv_heads
+        for name, shape in (("query", (heads * width, hidden)), ("head", (used, hidden)), ("bias", (used,))):
+            tensors[f"{number}.{name}"] = torch.randn(shape) * 0.02
+    plan = {
+        "format": "clsa sharing plan",
+        "version": 2,
+        "kind": "distilled",
+        "topk": topk,
+        "layers": [{"path": "", "scale": width**-0.5, "softcap": 0.0, **layer}] * layers,
+        "pools": pools,
+        "keep_first": 0,
+        "keep_last": 0,
+        "scope": "layer",
+        "power": 1.0,
+        "model": None,
+        "data": "",
+        "quality": {},
+        "weights": "",
+    }
+    return SharingPlan.from_dict(plan, tensors)
+
+
+def index_bytes(case: Case, cache: StaticCache, groups: int, topk: int, key_heads: int | None) -> int:
+    """Counts the bytes of cache that a step must read with so many indices over borrowed keys."""
+    layer = cache.layers[0]
+    heads, row = layer.keys.shape[1], layer.keys.shape[-1] + layer.values.shape[-1]
+    attended = len(cache.layers) * heads * min(topk, case.filled) * row
+    scanned = groups * (key_heads or heads) * case.filled * layer.keys.shape[-1]
+    return case.batch * (attended + scanned) * layer.keys.itemsize
 
 
 def score_bytes(case: Case, queries: int) -> int:

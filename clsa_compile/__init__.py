@@ -4,7 +4,8 @@
 
 compiles decoders exactly: selections that a model makes are attended sparsely, everything else reads
 each key once. `inspect` says what was found and what will be done with it. `search` finds which layers of a
-dense model may share tokens; `evaluate` and `evaluate_tasks` say what that costs on text and on tasks.
+dense model may share tokens, `distill` trains a small index for groups of them; `evaluate` and
+`evaluate_tasks` say what that costs on text and on tasks.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from clsa_compile.backend import ClsaWarning
 from clsa_compile.config import Options
-from clsa_compile.errors import ClsaError, OptionError, PlanError, StrictError
+from clsa_compile.errors import ClsaError, DistillError, OptionError, PlanError, StrictError
 from clsa_compile.inspection import Report, inspect
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.ir.sharing import SharingPlan
 
 if TYPE_CHECKING:
+    from clsa_compile.calibration.distilling import distill
     from clsa_compile.calibration.judging import evaluate
     from clsa_compile.calibration.quality import Quality
     from clsa_compile.calibration.searching import search
@@ -33,6 +35,7 @@ __all__ = [
     "Check",
     "ClsaError",
     "ClsaWarning",
+    "DistillError",
     "Group",
     "OptionError",
     "Options",
@@ -45,6 +48,7 @@ __all__ = [
     "StrictError",
     "TaskReport",
     "check",
+    "distill",
     "evaluate",
     "evaluate_tasks",
     "inspect",
@@ -57,6 +61,7 @@ _LAZY = {
     "Quality": "calibration.quality",
     "TaskReport": "calibration.task_report",
     "check": "checking",
+    "distill": "calibration.distilling",
     "evaluate": "calibration.judging",
     "evaluate_tasks": "calibration.tasks",
     "search": "calibration.searching",

@@ -162,7 +162,8 @@ def requested(options: Options) -> Request | None:
     if options.topk is None:
         return None
     if isinstance(options.share, SharingPlan):
-        return Request(planned.route(options.share), options.prefill == "sparse", options.dense_below)
+        plan = options.share
+        return Request(planned.route(plan), options.prefill == "sparse", options.dense_below, plan.tensors)
     dense = Dense(
         options.topk,
         options.share,

@@ -1,4 +1,4 @@
-"""`clsa search`, `evaluate` and `tasks`: a Hugging Face model and text files in, a plan or a report out."""
+"""`clsa search`, `distill`, `evaluate`, `tasks`: a model and text files in, a plan or a report out."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ def add_search(commands: Any) -> None:
     parser.set_defaults(run=run_search)
 
 
+def add_distill(commands: Any) -> None:
+    """Adds `clsa distill`."""
+    parser = commands.add_parser("distill", help="train a small index for groups of a dense model's layers")
+    _add_model(parser)
+    _add_text(parser)
+    parser.add_argument("--topk", type=int, required=True, help="tokens that layers attend to, 1 to 4096")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", help="how many indices, or the layers their groups begin at: 0 8 15"
+    )
+    parser.add_argument("--budget", type=float, help="increase of perplexity to stay within; 0.01 is 1%%")
+    parser.add_argument("--steps", type=int, default=2000, help="a sequence each (default 2000)")
+    parser.add_argument("--score", default="mixture", help="'mixture' (default) or 'lightning'")
+    parser.add_argument("--kv-heads", type=int, help="key heads that an index reads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the plan's file (.json)")
+    parser.set_defaults(run=run_distill)
+
+
 def add_evaluate(commands: Any) -> None:
     """Adds `clsa evaluate`."""
     parser = commands.add_parser("evaluate", help="measure what a plan costs a model on some text")
@@ -77,15 +95,14 @@ def add_tasks(commands: Any) -> None:
     parser.set_defaults(run=run_tasks)
 
 
-COMMANDS = (add_search, add_evaluate, add_tasks)
+COMMANDS = (add_search, add_distill, add_evaluate, add_tasks)
 
 
 def run_search(arguments: argparse.Namespace) -> int:
     """Searches, writes the plan and prints what it costs."""
     from clsa_compile.calibration.searching import Asked, find
 
-    if arguments.out.suffix != ".json":
-        raise OptionError(f"--out is {os.fspath(arguments.out)!r}; a plan's file ends in .json")
+    _check_out(arguments.out)
     names = ("topk", "budget", "anchors", "scope", "keep_first", "keep_last", "seed")
     asked = Asked(**{name: getattr(arguments, name) for name in names})
     asked.options()  # what cannot be is said before a model is loaded
@@ -95,6 +112,28 @@ def run_search(arguments: argparse.Namespace) -> int:
     found.plan.save(arguments.out)
     _report(arguments, loaded, found.quality)
     return 0
+
+
+def run_distill(arguments: argparse.Namespace) -> int:
+    """Trains indices, writes the plan and its weights, and prints what it costs."""
+    from clsa_compile.calibration.distilling import Wanted, train
+
+    _check_out(arguments.out)
+    groups = None if arguments.groups is None else tuple(arguments.groups)
+    groups = groups[0] if groups is not None and len(groups) == 1 else groups
+    names = ("topk", "budget", "steps", "score", "kv_heads", "seed")
+    wanted = Wanted(groups=groups, **{name: getattr(arguments, name) for name in names})
+    loaded = load(arguments.model, arguments.device, arguments.dtype)
+    sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)
+    found = train(loaded.model, sequences, wanted, arguments.folder, not arguments.quiet)
+    found.plan.save(arguments.out)
+    _report(arguments, loaded, found.quality)
+    return 0
+
+
+def _check_out(path: Path) -> None:
+    if path.suffix != ".json":
+        raise OptionError(f"--out is {os.fspath(path)!r}; a plan's file ends in .json")
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
@@ -189,7 +228,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", type=Path, help="a plan that `clsa search` wrote")
+    parser.add_argument("--plan", type=Path, help="a plan that `clsa search` or `clsa distill` wrote")
     parser.add_argument("--share", help="instead of a plan: a number or a schedule of F and S, with --topk")
     parser.add_argument("--topk", type=int, help="tokens that layers attend to, with --share")
 

@@ -217,6 +217,11 @@ def is_count(value: object, least: int, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+def is_budget(value: object) -> bool:
+    """Tells whether a value can be an increase of perplexity to stay within."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
 def _share_problem(share: object) -> str:
     """Returns what is wrong with the option `share`, "" if nothing is, before any layer is known."""
     if share == "off" or isinstance(share, SharingPlan):

@@ -15,6 +15,10 @@ class PlanError(OptionError):
     """A sharing plan that cannot be read, contradicts itself, or is for another model."""
 
 
+class DistillError(ClsaError, RuntimeError):
+    """Training an index failed; what had been reached is kept."""
+
+
 class CaptureError(ClsaError, RuntimeError):
     """A graph that could not be brought into the dialect that passes read."""
 

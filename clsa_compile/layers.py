@@ -220,6 +220,9 @@ def _runs(entry: SitePlan, plan: Plan) -> str:
         group = next(g for g in plan.groups if g.kind != "kv" and entry.ordinal in g.members)
         if group.kind == "mass":
             return f"{entry.topk} tokens that layer {layers[group.anchor]} looked at most"
+        if group.kind == "distilled" and group.anchor == entry.ordinal:
+            members = _numbers([layers[m] for m in group.members])
+            return f"{entry.topk} tokens by an index trained for layers {members}"
         whose = (
             "its own index" if group.anchor == entry.ordinal else f"the index of layer {layers[group.anchor]}"
         )
@@ -249,11 +252,12 @@ def _kernels(site: AttentionSite, entry: SitePlan, decision: Decision) -> tuple[
         return ()
     plan = decision.plan
     ops = ["sparse_attention" if entry.action == "sparse" else "attention"]
-    if entry.action == "sparse" and any(g.kind == "index" and g.anchor == entry.ordinal for g in plan.groups):
+    own = ("index", "distilled")
+    if entry.action == "sparse" and any(g.kind in own and g.anchor == entry.ordinal for g in plan.groups):
         ops.insert(0, "index_topk")
     if any(entry.ordinal in pool.sources for pool in plan.pools):
         ops[-1] = "attention_mass"
-    if any(entry.ordinal == pool.anchor for pool in plan.pools):
+    if any(entry.ordinal == pool.anchor and pool.index is None for pool in plan.pools):
         ops.append("select_topk")
     chosen = [(op, select(variants, _facts(op, site, entry))[0]) for op in ops]
     return tuple(f"{op}.{variant.name if variant else 'reference'}" for op, variant in chosen)

@@ -29,9 +29,10 @@ from torch.fx import Node
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import SitePlan
-from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.routing import Index, Pool
 from clsa_compile.ir.sites import AttentionSite, IndexerSite
 from clsa_compile.layers import window_of
+from clsa_compile.passes.borrow import Product, product
 from clsa_compile.passes.pipeline import Decision
 from clsa_compile.passes.reclaim import Dying, operands, replaced
 from clsa_compile.passes.savings import sizes_of
@@ -311,7 +312,8 @@ class _Step:
     def after(self) -> dict[str, Cost]:
         """Returns the cost of each kind of work that was decided on."""
         ordinal, plan = self.site.ordinal, self.decision.plan
-        chosen = [pool for pool in plan.pools if pool.anchor == ordinal]
+        begun = [pool for pool in plan.pools if pool.anchor == ordinal]
+        chosen = [pool for pool in begun if pool.index is None]
         feeds = any(ordinal in pool.sources for pool in plan.pools)
         work = {}
         if self.entry.action != "sparse":
@@ -322,6 +324,9 @@ class _Step:
             if group is not None and self.site.indexer is not None:
                 pool = group.pool if group.among is not None else 0
                 work["index scan"], work["selection"] = self._index(self.site.indexer, pool)
+            borrowed = [pool for pool in begun if pool.index is not None]
+            if borrowed:
+                work["borrowed index"] = _total(self._borrowed(p.index, p.topk) for p in borrowed if p.index)
         if feeds:
             work["attention mass"] = self._mass(
                 sum(pool.sets for pool in plan.pools if ordinal in pool.sources)
@@ -385,6 +390,27 @@ class _Step:
         size = b * read * width * item + b * heads * s * (width * item + 4) + scores
         scan = Cost(size, 2 * b * heads * s * n * width, line.fixed + line.slope * n)
         return scan, self._selection(b * s, n, indexer.topk)
+
+    def _borrowed(self, index: Index, topk: int) -> Cost:
+        """Returns the cost of an index over the layer's own keys, with the product that makes its queries."""
+        from clsa_compile.kernels import estimate
+
+        b, h, s, d = sizes_of(self.site.q)
+        heads, item, n = (
+            index.kv_heads * (h // self.site.kv_heads),
+            _itemsize(self.site),
+            self.keys(self.slots),
+        )
+        sizes = _sizes(b, index.kv_heads, heads // index.kv_heads * s, 0, d, 0, item)
+        line = (estimate.scan if s <= DECODE_ROWS else estimate.prompt_scan)(sizes, self.device)
+        made = product(self.site)
+        assert isinstance(made, Product), made
+        weight = made.weight.meta["val"]
+        read, flops = weight.numel() * weight.itemsize, 2 * b * s * weight.numel()
+        us = line.fixed + line.slope * n + estimate.product(read, flops, weight.itemsize, self.device)
+        size = b * index.kv_heads * n * d * item + 4 * b * s * n + read
+        scan = Cost(size, 2 * b * heads * s * n * d + flops, us)
+        return scan + self._selection(b * s, n, topk)
 
     def _selection(self, rows: int, n: Expr, topk: int) -> Cost:
         from clsa_compile.kernels import estimate

@@ -284,6 +284,9 @@ def _describe(group: Group, plan: Plan) -> str:
     if group.kind == "mass":
         subject = f"layers {members} attend" if len(group.members) > 1 else f"layer {members} attends"
         return f"{subject} to the {group.topk} tokens that layer {layers[group.anchor]} looked at most"
+    if group.kind == "distilled":
+        subject = f"layers {members} share" if len(group.members) > 1 else f"layer {members} has"
+        return f"{subject} an index trained for them, over the keys of layer {layers[group.anchor]}"
     among = ""
     if group.among is not None:
         among = f", selected from the {group.pool} best tokens of layer {layers[group.among]}"

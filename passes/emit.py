@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +35,13 @@ class Emitter:
         with self._captured.fake_mode, _dispatcher(values):
             node.meta.update(self._meta, val=target(*values[0], **values[1]))
         return node
+
+    def copy(self, node: Node, renamed: Callable[[Node], Node]) -> Node:
+        """Adds a call like another node's, of other operands."""
+        args, kwargs = (
+            tree_map(lambda a: renamed(a) if isinstance(a, Node) else a, x) for x in (node.args, node.kwargs)
+        )
+        return self.call(node.target, *args, **kwargs)
 
     def current(self, node: Node) -> Node:
         """Returns what stands for a node now, where it has been replaced already."""

@@ -66,7 +66,7 @@ def plan(
         (
             *_index_groups(able, read, among, repeats or {}),
             *_kv_groups(sites.attention),
-            *map(_mass_group, pools),
+            *map(_pool_group, pools),
         ),
         schedule,
         tuple(able[i].ordinal for i, anchor in enumerate(read) if anchor != i and owners[i] == i),
@@ -180,7 +180,9 @@ def _index_groups(
     ]
 
 
-def _mass_group(pool: Pool) -> Group:
+def _pool_group(pool: Pool) -> Group:
+    if pool.index is not None:
+        return Group("distilled", pool.anchor, pool.members, pool.topk, pool.index.score)
     return Group("mass", pool.anchor, pool.members, pool.topk)
 
 

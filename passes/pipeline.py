@@ -6,13 +6,14 @@ What a graph must satisfy is verified between passes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from clsa_compile.errors import ClsaError, PassError
@@ -49,6 +50,7 @@ class Decision:
     plan: Plan
     reclaimed: tuple[Node, ...] = ()
     skips: Skips = NO_SKIPS
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def decide(
@@ -82,7 +84,7 @@ def decide(
         every = tuple(dict.fromkeys(node for nodes in writes.values() for node in nodes))
         saved = savings(captured, sites, decided, every)
         decided = replace(decided, invalid=tuple(writes), savings=saved, skipped=skips.passes(_others(skips)))
-    return Decision(sites, decided, every, skips)
+    return Decision(sites, decided, every, skips, {} if request is None else request.tensors)
 
 
 def missing(decision: Decision) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def carry_out(
     skips = decision.skips
     kept = [node for node in mutations(captured.graph) if node not in decision.reclaimed]
     with _named("rewrite"):
-        rewrite(captured, decision.sites, decision.plan)
+        rewrite(captured, decision.sites, decision.plan, decision.tensors)
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
         if "early" not in skips:

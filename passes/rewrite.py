@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 import clsa_compile.ir.ops  # noqa: F401 (registers the contract ops)
@@ -14,6 +16,7 @@ from clsa_compile.ir.masks import print_predicate
 from clsa_compile.ir.plan import Plan
 from clsa_compile.ir.routing import Pool, is_reindex
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Sites
+from clsa_compile.passes.borrow import Constants, index_operands
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.patterns.indexer import canonical
 from clsa_compile.passes.tidy import drop_dead
@@ -24,13 +27,19 @@ aten = torch.ops.aten
 SITE = "clsa_site"
 
 
-def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
-    """Replaces every planned attention by a contract op, and every selection by one index node."""
+def rewrite(
+    captured: Captured, sites: Sites, plan: Plan, tensors: Mapping[str, Tensor] | None = None
+) -> Captured:
+    """Replaces every planned attention by a contract op, and every selection by one index node.
+
+    `tensors` are the weights of indices that were trained for the model.
+    """
     actions = {entry.ordinal: entry.action for entry in plan.sites}
     indexers = {site.ordinal: site.indexer for site in sites.attention}
     index = [group for group in plan.groups if group.kind == "index"]
     read = {m: indexers[g.anchor] for g in index for m in g.members}
-    rewriter = _Rewriter(captured, plan.pools, bounds="mask_bounds" not in plan.skipped)
+    constants = Constants(captured, tensors or {})
+    rewriter = _Rewriter(captured, plan.pools, constants, bounds="mask_bounds" not in plan.skipped)
     for group in index:
         rewriter.offer(
             indexers[group.anchor], None if group.among is None else indexers[group.among], group.pool
@@ -46,8 +55,11 @@ def rewrite(captured: Captured, sites: Sites, plan: Plan) -> Captured:
 class _Rewriter:
     """What several sites share: one index node a selection, one bounds node a mask, the mass of anchors."""
 
-    def __init__(self, captured: Captured, pools: tuple[Pool, ...], bounds: bool) -> None:
+    def __init__(
+        self, captured: Captured, pools: tuple[Pool, ...], constants: Constants, bounds: bool
+    ) -> None:
         self._captured = captured
+        self._constants = constants
         self._bounded = bounds
         self._indices: dict[Node, Node] = {}
         self._offers: dict[Node, tuple[IndexerSite, int]] = {}
@@ -80,6 +92,7 @@ class _Rewriter:
 
             mask = MaskSpec() if indexer is None else indexer.mask
             pool = self._pool_of(site)
+            self._learned(emit, site)
             # A layer that chooses among what an earlier one has chosen reads no more than that.
             among = None if pool is None or not is_reindex(self._pools, site.ordinal) else pool
             if among is not None:
@@ -104,6 +117,27 @@ class _Rewriter:
         site.out.replace_all_uses_with(result)
         self._replaced[site.out] = result
         self._captured.graph.erase_node(site.out)
+
+    def _learned(self, emit: Emitter, site: AttentionSite) -> None:
+        """Adds the selections of indices that were trained for the group that a layer begins."""
+        for i, pool in enumerate(self._pools):
+            if pool.index is None or pool.anchor != site.ordinal:
+                continue
+            q, k, weight = index_operands(emit, site, pool.index, self._constants)
+            indices = emit.call(
+                torch.ops.clsa.index_topk.default,
+                q,
+                k,
+                weight,
+                None,
+                *self._mask(emit, site.mask, q, k, heads=1),
+                pool.topk,
+                site.scale,
+                pool.index.score,
+                print_predicate(site.mask.predicate),
+                False,
+            )
+            self._chosen[i] = indices, site.mask
 
     def _pool_of(self, site: AttentionSite) -> int | None:
         return next((i for i, pool in enumerate(self._pools) if site.ordinal in pool.members), None)
@@ -147,7 +181,7 @@ class _Rewriter:
 
     def _select(self, emit: Emitter, site: AttentionSite, qk: tuple[Node, Node]) -> None:
         """Adds the selections that a layer makes; `site` is the anchor."""
-        made = [i for i, pool in enumerate(self._pools) if pool.anchor == site.ordinal]
+        made = [i for i, p in enumerate(self._pools) if p.anchor == site.ordinal and p.index is None]
         bounds = self._mask(emit, site.mask, *qk)[1] if made else None
         for i in made:
             pool = self._pools[i]

@@ -13,6 +13,7 @@ from clsa_compile.ir.masks import B_, KV_, Q_, interval, slot_of
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.routing import Layer, Pool, Request
 from clsa_compile.ir.sites import AttentionSite, Operand
+from clsa_compile.passes.borrow import product
 from clsa_compile.passes.indexing import same, sym
 from clsa_compile.passes.patterns.indexer import canonical
 
@@ -74,15 +75,26 @@ def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool
     pools = []
     for pool in asked:
         anchor = by_ordinal[pool.anchor]
-        reasons = {m: _stays_dense(by_ordinal[m], anchor, pool, request) for m in pool.members}
+        unmade = _unmade(anchor, pool)
+        reasons = {m: unmade or _stays_dense(by_ordinal[m], anchor, pool, request) for m in pool.members}
         kept.update({m: why for m, why in reasons.items() if why})
         members = tuple(m for m in pool.members if not reasons[m])
         sources = {s: w for s, w in pool.sources.items() if not _differs(by_ordinal[s], anchor)}
-        if members and sources:
+        if members and (sources or pool.index is not None):
             # A selection of as many tokens takes all of them anyway.
             below = request.dense_below if request.dense_below > pool.topk else 0
             pools.append(replace(pool, members=members, sources=sources, dense_below=below))
     return tuple(sorted(pools, key=lambda pool: pool.anchor)), kept
+
+
+def _unmade(anchor: AttentionSite, pool: Pool) -> str:
+    """Returns why an index cannot be put before an anchor, or ""."""
+    if pool.index is None:
+        return ""
+    if any(str(s) == "h" for s in getattr(anchor.mask.predicate, "free_symbols", ())):
+        return f"stays dense: the mask of {anchor.path} differs by head, and an index has one for all"
+    found = product(anchor)
+    return f"stays dense: {found}" if isinstance(found, str) else ""
 
 
 def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, request: Request) -> str:

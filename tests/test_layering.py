@@ -33,7 +33,7 @@ def rule(parts: str, packages: str) -> Rule:
 TABLE = {
     "errors": rule("", ""),
     "config": rule("errors ir", ""),
-    "ir": rule("errors ir", "torch sympy"),
+    "ir": rule("errors ir", "torch sympy safetensors"),
     "policies": rule("errors ir policies", "networkx"),
     "passes": rule("errors config ir passes", "torch sympy networkx"),
     "kernels": rule("errors ir kernels", "torch sympy jinja2 triton"),

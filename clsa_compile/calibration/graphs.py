@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,17 @@ from clsa_compile.capture.dynamo import GraphBreak, capture
 from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
-from clsa_compile.ir.routing import Layer, Request, Sharing
+from clsa_compile.ir.routing import Layer, Pool, Request, Sharing
 from clsa_compile.ir.scores import parse_score
+from clsa_compile.passes.borrow import Constants, index_operands, product
+from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.group import index_owners
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.route import layer, shareable
+from clsa_compile.passes.tidy import drop_dead
 
-__all__ = ["Change", "Forward", "Graph", "Tap"]
+__all__ = ["Change", "Forward", "Graph", "Probe", "Tap"]
 
 aten = torch.ops.aten
 
@@ -83,6 +86,33 @@ class Graph:
         return hidden if self.head is None else self.head(hidden, *others)
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A model's forward that gives the operands of indices besides: q, k and weight of each, in their order.
+
+    attributes: by name, where the graph reads the tensors of the indices.
+    """
+
+    module: GraphModule
+    inputs: tuple[Any, ...]
+    slot: int
+    layers: tuple[int | None, ...]
+    attributes: Mapping[str, str]
+
+    def run(
+        self, ids: Tensor, tap: Tap, tensors: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns q [1, Hi, T, D], k [1, n, T, D] and weight [1, Hi, T] of each index for ids [1, T].
+
+        `tensors` are the weights of the indices, which get gradients where these are enabled.
+        """
+        given = list(self.inputs)
+        given[self.slot] = ids
+        read = {at: tensors[name].to(getattr(self.module, at)) for name, at in self.attributes.items()}
+        _, *found = _Run(self.module, self.layers, tap, read).run(*given)
+        return [(found[i], found[i + 1], found[i + 2]) for i in range(0, len(found), 3)]
+
+
 class Forward:
     """A model's forward over ids [1, T] for one T. Raises OptionError for a model that cannot share.
 
@@ -112,19 +142,72 @@ class Forward:
         request = change if isinstance(change, Request) else None
         sharing = None if isinstance(change, Request) else change
         decision = decide(captured, sharing, request=request)
-        rewrite(captured, decision.sites, decision.plan)
+        rewrite(captured, decision.sites, decision.plan, decision.tensors)
         members = {m for pool in decision.plan.pools for m in pool.members}
         positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], members)
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
         return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured))
 
+    def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor]) -> Probe:
+        """Returns the model's own forward with the indices of pools, which count layers that may share."""
+        captured = capture(self._source)
+        decision = decide(captured)
+        sites = {site.ordinal: site for site in decision.sites.attention}
+        constants = Constants(captured, tensors)
+        wanted: list[Node] = []
+        for pool in pools:
+            site = sites[self.ordinals[pool.anchor]]
+            assert pool.index is not None
+            with captured.graph.inserting_before(site.out):
+                wanted += index_operands(Emitter(captured, site.out), site, pool.index, constants)
+        output = next(node for node in captured.graph.nodes if node.op == "output")
+        output.args = ((*output.args[0], *wanted),)
+        rewrite(captured, decision.sites, decision.plan)
+        _cut(captured)
+        output.args = ((output.args[0][0], *wanted),)
+        drop_dead(captured.graph)
+        captured.module.recompile()
+        positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
+        ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], set())
+        layers = tuple(None if o is None else positions.get(o) for o in ordinals)
+        return Probe(captured.module, self._inputs, self._slot, layers, constants.attributes)
+
+    def product(self, layer: int) -> tuple[Tensor, int]:
+        """Returns the weight that makes a layer's queries, and the width of what they are made of.
+
+        Raises OptionError where none makes them alone.
+        """
+        captured = capture(self._source)
+        site = next(s for s in decide(captured).sites.attention if s.ordinal == self.ordinals[layer])
+        made = product(site)
+        if isinstance(made, str):
+            raise OptionError(f"an index cannot begin at layer {layer}: {made}")
+        numbers = {node: i for i, node in enumerate(n for n in captured.graph.nodes if n.op == "placeholder")}
+
+        def value(node: Node) -> Any:
+            if node.op == "get_attr":
+                return captured.module.get_buffer(str(node.target))
+            if node in numbers:
+                return self._inputs[numbers[node]]
+            arguments = (value(a) if isinstance(a, Node) else a for a in node.args)
+            return node.target(*arguments, **node.kwargs)
+
+        return value(made.weight).detach(), made.rows.meta["val"].shape[-1]
+
 
 class _Run(Interpreter):
     """Runs a graph node by node, with attention a few rows at a time."""
 
-    def __init__(self, module: GraphModule, layers: Sequence[int | None], tap: Tap | None) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        layers: Sequence[int | None],
+        tap: Tap | None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(module)
+        self._tensors = tensors or {}
         self._layers = iter(layers)
         self._tap = tap
         self._masks = attend.Masks()
@@ -134,6 +217,9 @@ class _Run(Interpreter):
             return None  # the caller has decided
         op = contract_op(target)
         return super().call_function(target, args, kwargs) if op is None else getattr(self, f"_{op}")(*args)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._tensors[target] if target in self._tensors else super().get_attr(target, args, kwargs)
 
     def _attention(self, *args: Any) -> Any:
         call = self._masks.operands(args)

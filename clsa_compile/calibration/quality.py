@@ -21,7 +21,7 @@ __all__ = ["LayerQuality", "Quality", "WorstToken"]
 
 @dataclass(frozen=True, slots=True)
 class LayerQuality:
-    """One layer: its role ("F" attends to all tokens), the anchor whose tokens it reads, the mass it keeps.
+    """One layer: its role (see `ir.routing.role`), the anchor whose tokens it reads, the mass it keeps.
 
     anchor and recovered are None for a layer that attends to all tokens. recovered is the share of its own
     attention mass on the tokens that it got, a mean over heads and rows.

@@ -12,7 +12,7 @@ from clsa_compile.calibration.index_finder import IndexFinder
 from clsa_compile.calibration.mass_finder import MassFinder
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.stages import Stages
-from clsa_compile.config import Options, is_count
+from clsa_compile.config import Options, is_budget, is_count
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.sharing import SharingPlan
 
@@ -66,7 +66,7 @@ class Asked:
         if self.budget is None and self.anchors is None:
             raise OptionError("give 'anchors', the number of layers that choose, or a 'budget', or both")
         checks = (
-            ("budget", self.budget is None or _is_budget(self.budget), "a number above 0, such as 0.01"),
+            ("budget", self.budget is None or is_budget(self.budget), "a number above 0, such as 0.01"),
             ("anchors", self.anchors is None or is_count(self.anchors, 1), "a number from 1"),
             ("seed", is_count(self.seed, 0), "a number from 0"),
         )
@@ -110,7 +110,3 @@ def _fits(known: Model, asked: Asked) -> None:
     able = sum(owner == i for i, owner in enumerate(known.owners)) if known.topk else len(known.layers)
     if asked.anchors is not None and asked.anchors > able:
         raise OptionError(f"anchors={asked.anchors}, but only {able} layers can share; give fewer")
-
-
-def _is_budget(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

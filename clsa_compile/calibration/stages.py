@@ -49,23 +49,44 @@ class Stages:
         """Returns the tensors that were kept, on the CPU, or makes and keeps them."""
         if self._folder is None:
             return make()
+        found = self.checkpoint(name, key)
+        if found is not None:
+            return found
+        made = make()
+        self.keep(name, key, made)
+        return {name: value.detach().cpu().contiguous() for name, value in made.items()}
+
+    def checkpoint(self, name: str, key: Any) -> Mapping[str, Tensor] | None:
+        """Returns the tensors that were kept, on the CPU, or None."""
+        if self._folder is None:
+            return None
+        load_file, _, broken = _safetensors()
         try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file, save_file
-        except ImportError as error:
-            raise OptionError(
-                "keeping results in a folder needs safetensors: pip install clsa[search]"
-            ) from error
-        path = self._path(name, key, "safetensors")
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError):
-            pass
-        made = {key: value.detach().cpu().contiguous() for key, value in make().items()}
-        write_whole(path, lambda partial: save_file(made, partial))
-        return made
+            found: Mapping[str, Tensor] = load_file(self._path(name, key, "safetensors"))
+        except (OSError, broken):
+            return None  # not there, or cut off by a full disk
+        return found
+
+    def keep(self, name: str, key: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps tensors in place of those before, whole or not at all. Raises OSError."""
+        if self._folder is None:
+            return
+        _, save_file, _ = _safetensors()
+        content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_whole(self._path(name, key, "safetensors"), lambda partial: save_file(content, partial))
 
     def _path(self, name: str, key: Any, ending: str) -> Path:
         assert self._folder is not None
         content = json.dumps([VERSION, key], sort_keys=True)
         return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
+
+
+def _safetensors() -> tuple[Any, Any, type[Exception]]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+    except ImportError as error:
+        raise OptionError(
+            "keeping results in a folder needs safetensors: pip install clsa[search]"
+        ) from error
+    return load_file, save_file, SafetensorError

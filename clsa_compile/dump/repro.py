@@ -169,7 +169,7 @@ def _options(options: Options, plan: Plan | None) -> str:
         if name in ("dump", *planned) or value == getattr(default, name):
             continue
         if isinstance(value, SharingPlan):
-            given.append(f"{name!r}: clsa_compile.SharingPlan.from_dict({value.to_dict()!r})")
+            given.append(f"{name!r}: {_plan_text(value)}")
             continue
         if name == "skip":
             value = _without_paths(value, plan)
@@ -177,6 +177,15 @@ def _options(options: Options, plan: Plan | None) -> str:
             value = {k: v for k, v in value.items() if _is_plain(v)}
         given.append(f"{name!r}: {value!r}")
     return f"{{{', '.join(given)}}}"
+
+
+def _plan_text(plan: SharingPlan) -> str:
+    """Returns a plan as Python; the weights of indices are drawn at random, as all weights here are."""
+    if not plan.tensors:
+        return f"clsa_compile.SharingPlan.from_dict({plan.to_dict()!r})"
+    shapes = {name: list(tensor.shape) for name, tensor in plan.tensors.items()}
+    tensors = f"{{name: torch.randn(shape) for name, shape in {shapes!r}.items()}}"
+    return f"clsa_compile.SharingPlan.from_dict({plan.to_dict()!r}, {tensors})"
 
 
 def _without_paths(names: tuple[str, ...], plan: Plan | None) -> tuple[str, ...]:

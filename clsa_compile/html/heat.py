@@ -94,6 +94,14 @@ def _weights(plan: Plan) -> list[tuple[int, int, int, float]]:
         for member in pool.members
         if share > 0
     ]
+    # An index chooses for its anchor too, which says nothing.
+    found += [
+        (pool.anchor, member, pool.anchor, 1.0)
+        for pool in plan.pools
+        if pool.index is not None
+        for member in pool.members
+        if member != pool.anchor
+    ]
     # Equal indexers, and those that a model shares by itself, are no choice of ours.
     found += [
         (group.anchor, member, group.anchor, 1.0)

@@ -30,8 +30,8 @@ FEW = 12
 class Node:
     """A box of the layers first to last: an attention, what chooses tokens, or a pair of keys and values.
 
-    kind: "dense", "sparse" or "left"; "index" or "mass"; "keys". (x, y): its left end, at half its height.
-    word stands behind the label, says is its description. `colour` is None where no group has the layer.
+    kind: "dense", "sparse" or "left"; "index", "distilled" or "mass"; "keys". (x, y): its left end, at half
+    its height. word stands behind the label, says is its description. colour is None where no group has it.
     """
 
     x: float
@@ -181,7 +181,7 @@ class _Drawing:
         for place, row in enumerate(self._rows):
             reading, whose = self._readings[row[0]], f"of {_layers(row)} {self._label(row)}"
             if reading.chooses:
-                is_index = reading.chooses == "index"
+                is_index = reading.chooses != "mass"
                 yield Node(
                     x=self._chip,
                     y=self._y(place),

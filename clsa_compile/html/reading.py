@@ -18,7 +18,8 @@ class Reading:
 
     chooser: the layer whose choice of tokens it reads, None where it reads all. keys: the layer whose keys
     and values it reads, itself where they are its own. chooses: how it chooses tokens: "index" where an
-    indexer of its own runs, "mass" where its attention says which tokens mattered, "" where it does not.
+    indexer of its own runs, "distilled" where one that was trained for it does, "mass" where its attention
+    says which tokens mattered, "" where it does not.
     among: the layer whose best tokens its indexer chooses among.
     """
 

@@ -44,12 +44,13 @@ class Group:
     """Layers that share something.
 
     One index ("index"), one pair of K and V ("kv"), or tokens chosen from the attention mass of dense layers
-    ("mass", whose anchor is a member only where it attends to them too). `anchor` and `members` are ordinals.
+    ("mass", whose anchor is a member only where it attends to them too), or by an index that was trained for
+    the group ("distilled"). `anchor` and `members` are ordinals.
     `repeats` is how many indexers of the model compute the same as the one that runs, besides it. An index is
     selected from all tokens, or from the best `pool` tokens of the indexer of layer `among`.
     """
 
-    kind: Literal["index", "kv", "mass"]
+    kind: Literal["index", "kv", "mass", "distilled"]
     anchor: int
     members: tuple[int, ...]
     topk: int = 0

@@ -1,7 +1,8 @@
-"""Routing: selections made from the attention mass of dense layers, and who attends to them.
+"""Routing: selections that layers of dense models make for others, and who attends to them.
 
 A dense layer (an anchor) can say, in the pass over its keys that it makes anyway, how much each of its heads
-looked at every token. A pool is a top-k of such mass, which later layers attend to instead of all tokens.
+looked at every token. A pool is a top-k of such mass, which later layers attend to instead of all tokens. Or
+an index that was trained for it ranks the keys that the anchor caches, and no layer reads everything.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from clsa_compile.errors import OptionError
 
@@ -38,14 +41,35 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Index:
+    """An index that was trained for a group of layers; it borrows the keys that the anchor caches.
+
+    What the anchor makes its queries from, x [B, S, E], goes through another weight in place of the one that
+    makes them, and then through all that queries go through (norms, rotation). Heads of `kv_heads` key heads
+    from `first_head` on rank the keys by `score` (see `ir/scores.py`), whose dot is scaled as in the anchor's
+    attention and whose `weight` is linear in x. name: of its tensors, see `tensor_names`.
+    """
+
+    name: str
+    score: str
+    first_head: int
+    kv_heads: int
+
+    def tensor_names(self) -> tuple[str, str, str]:
+        """Returns the names of its weights: query, as the layer's own; head [Hi, E]; and bias [Hi]."""
+        return f"{self.name}.query", f"{self.name}.head", f"{self.name}.bias"
+
+
+@dataclass(frozen=True, slots=True)
 class Pool:
-    """N sets of tokens a query, chosen right after layer `anchor` from the mass of `sources`.
+    """N sets of tokens a query, chosen after layer `anchor` from the mass of `sources`, or by an `index`.
 
     topk: tokens of a set. sources: by layer, weights [N, H] of its heads; layers up to the anchor. members:
     the layers that attend to these sets, the anchor itself where it does too. rows: by member, the set that
     each kv head attends to; without an entry all of them attend to set 0. keep_first, keep_last: tokens at
     both ends that are always in a set. power: mass is the probability raised to it. dense_below: queries
-    whose readable tokens lie within so many positions attend to all of them. Layers are ordinals.
+    whose readable tokens lie within so many positions attend to all of them. Layers are ordinals. An `index`
+    chooses before the anchor attends, one set for all heads, and there are no sources then.
     """
 
     anchor: int
@@ -57,11 +81,12 @@ class Pool:
     keep_last: int = 0
     power: float = 1.0
     dense_below: int = 0
+    index: Index | None = None
 
     @property
     def sets(self) -> int:
         """N, the number of sets of tokens a query."""
-        return len(next(iter(self.sources.values())))
+        return 1 if self.index is not None else len(next(iter(self.sources.values())))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the pool as plain data, ready for JSON."""
@@ -79,6 +104,7 @@ class Pool:
             "sources": {int(layer): tuple(map(tuple, rows)) for layer, rows in data["sources"].items()},
             "members": tuple(data["members"]),
             "rows": {int(layer): tuple(sets) for layer, sets in data.get("rows", {}).items()},
+            "index": None if (index := data.get("index")) is None else Index(**index),
         }
         return cls(**{**data, **changed})
 
@@ -123,7 +149,12 @@ def is_reindex(pools: Sequence[Pool], layer: int) -> bool:
 
 
 def role(pools: Sequence[Pool], layer: int) -> str:
-    """Returns a letter: F attends to all tokens, R to those that it chooses among, S to chosen ones."""
+    """Returns a letter: F attends to all tokens, R to those that it chooses among, S to chosen ones.
+
+    I attends to what an index chooses that was trained for it and the S after it.
+    """
+    if any(pool.index is not None and pool.anchor == layer for pool in pools):
+        return "I"
     if not any(layer in pool.members for pool in pools):
         return "F"
     return "R" if is_reindex(pools, layer) else "S"
@@ -137,9 +168,10 @@ Route = Callable[[Sequence[Layer]], tuple[Pool, ...]]
 class Request:
     """What was asked of dense layers: the pools, and whether prompts use them too, not single steps only.
 
-    dense_below: see `Pool`.
+    dense_below: see `Pool`. tensors: the weights of indices, by name.
     """
 
     route: Route
     prompts: bool = False
     dense_below: int = 0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)

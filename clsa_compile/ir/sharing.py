@@ -6,21 +6,27 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from clsa_compile.errors import PlanError
+from torch import Tensor
+
+from clsa_compile.errors import ExpressionError, PlanError
+from clsa_compile.ir import tensors as files
 from clsa_compile.ir.files import write_text
-from clsa_compile.ir.routing import MOST_TOKENS, Layer, Pool, role
+from clsa_compile.ir.routing import MOST_TOKENS, Index, Layer, Pool, role
 from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, text
+from clsa_compile.ir.scores import parse_score
 
 __all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
 
 FORMAT = "clsa sharing plan"
-VERSION = 1
+VERSION = 2
+# Version 1 knew no indices that were trained for a model.
+READABLE = (1, 2)
 SCOPES = ("layer", "kv_head")
-KINDS = ("mass", "index")
+KINDS = ("mass", "index", "distilled")
 # Weights that went through half precision still agree this well.
 _AGREE = 0.02
 _AGAIN = "search again (clsa search), or take a whole copy of the file"
@@ -65,7 +71,9 @@ class SharingPlan:
     that it was made from. quality: what was measured on tokens that were not used to make it.
 
     kind: "mass" where layers that attend to all tokens choose, "index" where layers with indexers of their
-    own do, whose pools are layers that read the anchor's index, and nothing else.
+    own do, whose pools are layers that read the anchor's index, and nothing else. "distilled" where indices
+    do that `clsa_compile.distill` trained; no layer attends to all tokens then, and `tensors` are their
+    weights, which lie in a file beside the plan's. weights: the sha256 of them.
 
     Raises PlanError where parts contradict each other.
     """
@@ -81,8 +89,12 @@ class SharingPlan:
     data: str = ""
     quality: Mapping[str, float] = field(default_factory=dict)
     kind: str = "mass"
+    weights: str = ""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.tensors and not self.weights:
+            object.__setattr__(self, "weights", files.digest(self.tensors))
         for problem in _problems(self):
             raise PlanError(f"{problem}; {_AGAIN}")
 
@@ -94,46 +106,72 @@ class SharingPlan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"the plan {os.fspath(path)!r} cannot be read: {error}") from error
         try:
-            return cls.from_dict(json.loads(content))
+            data = json.loads(content)
+            return cls.from_dict(data, _weights(path, data))
         except json.JSONDecodeError as error:
             raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
         except PlanError as error:
             raise PlanError(f"the plan {os.fspath(path)!r}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, whole or not at all. Raises PlanError where that cannot be."""
+        """Writes the plan as JSON, whole or not at all, after its weights, where it has any.
+
+        Raises PlanError where that cannot be.
+        """
         try:
+            if self.tensors:
+                files.write(files.beside(path, self.weights), self.tensors)
             write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
         except OSError as error:
             raise PlanError(f"the plan cannot be written to {os.fspath(path)!r}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain data, ready for JSON."""
-        data = asdict(self)
-        kept = ("anchor", "members", "sources", "rows")
-        pools = [{name: pool.to_dict()[name] for name in kept} for pool in self.pools]
-        model = None if self.model is None else {**data["model"], "sample": list(self.model.sample)}
-        layers = [{k: v for k, v in layer.items() if k != "ordinal"} for layer in data["layers"]]
-        changed = {"layers": layers, "pools": pools, "model": model}
-        return {"format": FORMAT, "version": VERSION, **data, **changed}
+        kept = ("anchor", "members", "sources", "rows", "index")
+        layers = [{k: v for k, v in asdict(layer).items() if k != "ordinal"} for layer in self.layers]
+        changed = {
+            "layers": layers,
+            "pools": [{name: pool.to_dict()[name] for name in kept} for pool in self.pools],
+            "model": None
+            if self.model is None
+            else {**asdict(self.model), "sample": list(self.model.sample)},
+            "quality": {name: float(value) for name, value in self.quality.items()},
+        }
+        names = [f.name for f in fields(self) if f.name != "tensors"]
+        data = {name: changed.get(name, getattr(self, name)) for name in names}
+        return {"format": FORMAT, "version": VERSION, **data}
 
     @classmethod
-    def from_dict(cls, data: Any) -> SharingPlan:
-        """Reads what `to_dict` returned. Raises PlanError naming the field that does not fit."""
+    def from_dict(cls, data: Any, tensors: Mapping[str, Tensor] | None = None) -> SharingPlan:
+        """Reads what `to_dict` returned, with the weights that are not in it.
+
+        Raises PlanError naming the field that does not fit.
+        """
         _check_version(data)
-        given = _PLAN(data, "")
+        given = _PLAN(_current(data), "")
         del given["format"], given["version"]
         same = {name: given[name] for name in ("topk", "keep_first", "keep_last", "power")}
         given["layers"] = tuple(Layer(ordinal=i, **layer) for i, layer in enumerate(given["layers"]))
         given["pools"] = tuple(Pool(**pool, **same) for pool in given["pools"])
-        return cls(**given)
+        return cls(**given, tensors=tensors or {})
 
     def digest(self) -> str:
         """Returns the sha256 of the content: it differs whenever what is compiled may differ."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    def at(self, topk: int) -> SharingPlan:
+        """Returns the plan for another number of tokens; what was measured is not known for it.
+
+        For indices only, which rank all tokens: weights of heads were fitted to a number of them. Raises
+        PlanError.
+        """
+        if self.kind != "distilled":
+            raise PlanError(f"this plan is for {self.topk} tokens; {_AGAIN}")
+        pools = tuple(replace(pool, topk=topk) for pool in self.pools)
+        return replace(self, topk=topk, pools=pools, quality={})
+
     def pattern(self) -> str:
-        """Returns the schedule, a letter a layer: S attends to tokens that the last F chose.
+        """Returns the schedule, a letter a layer: S attends to tokens that the last F, or I, chose.
 
         For layers with indexers it is what vLLM, SGLang and TensorRT-LLM take as `index_topk_pattern`.
         """
@@ -147,11 +185,27 @@ def _check_version(data: Any) -> None:
     """Guards the reader: what another version wrote may mean something else."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"this is no sharing plan: its 'format' is not {FORMAT!r}")
-    if data.get("version") != VERSION:
+    if data.get("version") not in READABLE:
         raise PlanError(
-            f"its version is {data.get('version')!r}, and this clsa reads version {VERSION}: search again, "
-            "or use the clsa that wrote it"
+            f"its version is {data.get('version')!r}, and this clsa reads versions up to {VERSION}: search "
+            "again, or use the clsa that wrote it"
         )
+
+
+def _current(data: Any) -> Any:
+    """Returns what an older version wrote with the fields that came later."""
+    if data["version"] == VERSION or not isinstance(data.get("pools"), list):
+        return data
+    pools = [{**pool, "index": None} if isinstance(pool, dict) else pool for pool in data["pools"]]
+    return {**data, "pools": pools, "weights": ""}
+
+
+def _weights(path: str | os.PathLike[str], data: Any) -> dict[str, Tensor]:
+    """Returns the weights that belong to a plan's data, none where it has none."""
+    identity = data.get("weights") if isinstance(data, dict) else None
+    return (
+        files.read(files.beside(path, identity), identity) if isinstance(identity, str) and identity else {}
+    )
 
 
 def _problems(plan: SharingPlan) -> list[str]:
@@ -196,6 +250,10 @@ def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
         found.append(f"its members must come after layer {pool.anchor}, which chooses")
     if plan.kind == "index":
         return [*found, "it weighs heads, which no indexer asks for"] if pool.sources or pool.rows else found
+    if plan.kind == "distilled":
+        return found + _index_problems(plan, pool)
+    if pool.index is not None:
+        found.append("it has an index, which is for plans of the kind 'distilled'")
     if not pool.sources or max(pool.sources) > pool.anchor:
         found.append(f"its sources must be layers up to {pool.anchor}, which chooses")
         return found
@@ -212,6 +270,29 @@ def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
     return found
 
 
+def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:
+    """Returns what contradicts itself in a pool whose index was trained."""
+    if pool.index is None or pool.sources or pool.rows:
+        return ["it needs an index, and nothing else"]
+    index, layer = pool.index, plan.layers[pool.anchor]
+    found = []
+    if pool.members[:1] != (pool.anchor,):
+        found.append(f"layer {pool.anchor} chooses, and must be its first member")
+    if index.kv_heads < 1 or index.first_head + index.kv_heads > layer.kv_heads:
+        found.append(f"its index reads key heads that layer {pool.anchor} has not")
+    try:
+        parse_score(index.score)
+    except ExpressionError as error:
+        found.append(str(error))
+    heads = index.kv_heads * (layer.heads // max(1, layer.kv_heads))
+    query, head, bias = (plan.tensors.get(name) for name in index.tensor_names())
+    if query is None or head is None or bias is None:
+        return [*found, f"the weights of the index {index.name!r} are missing"]
+    if query.dim() != 2 or head.dim() != 2 or head.shape[0] != heads or bias.shape != (heads,):
+        found.append(f"the weights of the index {index.name!r} have other shapes than {heads} heads need")
+    return found
+
+
 _LAYER = record(
     {
         "path": text,
@@ -223,12 +304,14 @@ _LAYER = record(
         "softcap": number,
     }
 )
+_INDEX = record({"name": text, "score": text, "first_head": count, "kv_heads": count})
 _POOL = record(
     {
         "anchor": count,
         "members": each(count),
         "sources": integer_keys(each(each(number))),
         "rows": integer_keys(each(count)),
+        "index": lambda value, where: None if value is None else Index(**_INDEX(value, where)),
     }
 )
 _MODEL = record({"name": text, "layers": count, "shapes": text, "sample": each(number)})
@@ -247,5 +330,6 @@ _PLAN = record(
         "data": text,
         "quality": named(number),
         "kind": text,
+        "weights": text,
     }
 )

@@ -56,7 +56,7 @@ def _pools(plan: SharingPlan, layers: Sequence[Layer]) -> tuple[Pool, ...]:
 
 def _check(plan: SharingPlan, layers: Sequence[Layer]) -> None:
     """Guards a plan's use: raises PlanError for other layers than its own."""
-    what = "dense layers" if plan.kind == "mass" else "layers with an index"
+    what = "layers with an index" if plan.kind == "index" else "dense layers"
     if len(layers) != len(plan.layers):
         raise PlanError(
             f"the plan is for {len(plan.layers)} {what} that can share, and this graph has "

@@ -1,4 +1,4 @@
-"""`clsa search`, `evaluate` and `tasks`: a folder and texts in, a report out; mistakes in one line."""
+"""`clsa search`, `distill`, `evaluate`, `tasks`: a folder and texts in, a report out; mistakes in a line."""
 
 from __future__ import annotations
 
@@ -74,6 +74,21 @@ def test_a_plan_is_found_and_measured_again(
     assert len(report["worst_token"]["text"]) == 1
     assert main(arguments("evaluate", folder, "--share", "2", "--topk", "16")) == 2
     assert "keep_first=4 and keep_last=32 are more tokens than topk=16" in capsys.readouterr().err
+
+
+def test_indices_are_trained_and_measured_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    more = ["--topk", "16", "--steps", "2", "--out", str(out), "--folder", str(tmp_path / "kept")]
+    assert main(arguments("distill", folder, *more, "--groups", "0", "1")) == 0
+    assert SharingPlan.load(out).pattern() == "IISS"
+    assert "schedule IISS, 16 tokens: perplexity" in capsys.readouterr().out
+    assert main(arguments("distill", folder, *more, "--groups", "2", "--kv-heads", "1")) == 0
+    assert SharingPlan.load(out).pattern().count("I") == 2
+    capsys.readouterr()
+    assert main(arguments("evaluate", folder, "--plan", str(out))) == 0
+    assert SharingPlan.load(out).pattern() in capsys.readouterr().out
 
 
 def test_tasks_are_measured(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +176,9 @@ def test_windows_take_texts_in_turn(folder: Path) -> None:
         ),
         (["search", "--topk", "64", "--anchors", "2", "--out", "plan"], "a plan's file ends in .json"),
         (["search", "--topk", "64", "--anchors", "2", "--out", "plan.json"], "cannot load a model from"),
+        (["distill", "--topk", "64", "--groups", "1", "2", "--out", "a.json"], "begins at layer 0"),
+        (["distill", "--topk", "64", "--out", "a.json"], "give 'groups', how many indices"),
+        (["distill", "--topk", "64", "--groups", "2", "--out", "a"], "a plan's file ends in .json"),
         (["evaluate"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json", "--share", "2"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json"], "the plan 'a.json' cannot be read"),

@@ -9,7 +9,7 @@ import pytest
 
 from clsa_compile.html.heat import heads_of, map_of
 from clsa_compile.ir.plan import Plan
-from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.routing import Index, Pool
 
 
 @pytest.fixture
@@ -49,6 +49,15 @@ def test_layers_whose_index_is_not_run_are_in_the_map(make: Any) -> None:
     assert found is not None
     assert len(found.cells) == 6
     assert {cell.share for cell in found.cells} == {1.0}
+
+
+def test_an_index_that_was_trained_for_layers_chooses_for_them(plan: Plan) -> None:
+    index = Index("pool0", "sum: weight * dot", 0, 2)
+    pool = Pool(4, 2048, {}, (4, 5, 6), index=index)
+    found = map_of(replace(plan, pools=(pool,)))
+    assert found is not None
+    assert [cell.says for cell in found.cells] == [f"layer {i} reads what layer 4 chose" for i in (5, 6)]
+    assert heads_of(replace(plan, pools=(pool,))) == ()
 
 
 def test_where_nobody_chooses_for_another_there_is_no_map(make: Any) -> None:

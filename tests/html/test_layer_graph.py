@@ -72,6 +72,17 @@ def test_what_is_chosen_has_the_colour_of_those_that_read_it(make: Any) -> None:
     assert trunks == {0: 1, 1: 2}
 
 
+def test_an_index_that_was_trained_is_one_that_the_model_has_not(make: Any) -> None:
+    report = make(4, "mass")
+    groups = (Group("distilled", 0, (0, 1, 2, 3), 2048),)
+    sites = tuple(replace(site, action="sparse") for site in report.plans[0].sites)
+    plan = replace(report.plans[0], sites=sites, groups=groups)
+    before, after = graph_of(plan, report.layers).whole
+    assert {chip.kind for chip in before.chips} == {"keys"}
+    assert [chip.label for chip in after.chips if chip.kind == "distilled"] == ["index"]
+    assert sum(map(ends, edges(after, "index"))) == 4
+
+
 def test_a_layer_that_is_left_says_why(make: Any) -> None:
     _, after = drawn(make(4, "dense", left=(2,))).whole
     node = after.nodes[2]

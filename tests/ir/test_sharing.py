@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clsa_compile.errors import OptionError, PlanError
-from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.routing import Index, Layer, Pool
+from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.ir.sharing import Fingerprint, SharingPlan
 
 HEADS, KV_HEADS = 4, 2
@@ -161,14 +163,14 @@ def test_a_layer_may_follow_itself() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "its version is 2, and this clsa reads version 1"),
+        ({"version": 3}, "its version is 3, and this clsa reads versions up to 2"),
         ({"version": None}, "its version is None"),
         ({"format": "other"}, "this is no sharing plan"),
         ({"colour": "red"}, "unknown fields: colour"),
         ({"topk": "64"}, "topk is '64'"),
         ({"topk": 10**6}, "accepted: 1 to 4096"),
         ({"layers": [{"path": "a"}]}, "missing fields in layers[0]: heads"),
-        ({"pools": [{"anchor": 0}]}, "missing fields in pools[0]: members, rows, sources"),
+        ({"pools": [{"anchor": 0}]}, "missing fields in pools[0]: index, members, rows, sources"),
         ({"model": {"name": 1}}, "missing fields in model"),
         ({"quality": {"kl": "low"}}, "quality.kl is 'low'"),
     ],
@@ -221,3 +223,80 @@ def test_fingerprints_tell_models_apart_but_not_dtypes(change: dict[str, Any], m
     found = MODEL.difference(replace(MODEL, **change))
     assert message in found
     assert bool(message) == bool(found)
+
+
+def distilled(**changes: Any) -> SharingPlan:
+    """A plan of two indices, over one key head and over both."""
+    pools = (
+        Pool(0, 64, {}, (0, 1), index=Index("0", LIGHTNING.text, 1, 1)),
+        Pool(2, 64, {}, (2, 3, 4), index=Index("1", LIGHTNING.text, 0, 2)),
+    )
+    tensors = {}
+    for pool in pools:
+        assert pool.index is not None
+        heads = pool.index.kv_heads * HEADS // KV_HEADS
+        shapes = ((64, 64), (heads, 64), (heads,))
+        tensors |= {n: torch.ones(s) for n, s in zip(pool.index.tensor_names(), shapes, strict=True)}
+    given = {"kind": "distilled", "pools": pools, "keep_first": 0, "keep_last": 0, "power": 1.0}
+    return plan(**{**given, "tensors": tensors, **changes})
+
+
+def test_a_plan_with_indices_is_the_same_after_its_files(tmp_path: Path) -> None:
+    made = distilled()
+    assert made.pattern() == "ISISS"
+    made.save(tmp_path / "plan.json")
+    again = SharingPlan.load(tmp_path / "plan.json")
+    assert again == made
+    assert again.digest() == made.digest()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in made.tensors.items())
+    other = distilled(tensors={name: tensor * 2 for name, tensor in made.tensors.items()})
+    assert other.digest() != made.digest()
+    other.save(tmp_path / "plan.json")
+    assert SharingPlan.load(tmp_path / "plan.json") == other, "each has a file of its own"
+
+
+def test_a_plan_without_its_weights_is_an_error(tmp_path: Path) -> None:
+    distilled().save(tmp_path / "plan.json")
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(PlanError, match="its weights cannot be read"):
+        SharingPlan.load(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="the weights of the index '0' are missing"):
+        SharingPlan.from_dict(distilled().to_dict())
+
+
+def test_indices_that_contradict_themselves_are_errors() -> None:
+    made = distilled()
+    first, second = made.pools
+    cases = (
+        (replace(first, index=None), "it needs an index, and nothing else"),
+        (replace(first, members=(1,)), "layer 0 chooses, and must be its first member"),
+        (replace(first, index=Index("0", LIGHTNING.text, 2, 1)), "key heads that layer 0 has not"),
+        (replace(first, index=Index("0", "dot", 1, 1)), "must start with one of"),
+        (replace(first, index=Index("0", LIGHTNING.text, 0, 2)), "other shapes than 4 heads need"),
+    )
+    for changed, message in cases:
+        with pytest.raises(PlanError, match=re.escape(message)):
+            distilled(pools=(changed, second))
+    with pytest.raises(PlanError, match="it has an index, which is for plans of the kind 'distilled'"):
+        plan(pools=(replace(pool(0, (1,)), index=first.index),))
+
+
+def test_files_of_the_first_version_are_read(tmp_path: Path) -> None:
+    data = plan().to_dict()
+    old = {name: value for name, value in data.items() if name != "weights"} | {"version": 1}
+    old["pools"] = [{n: value for n, value in entry.items() if n != "index"} for entry in data["pools"]]
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert SharingPlan.load(tmp_path / "plan.json") == plan()
+
+
+def test_indices_rank_for_any_number_of_tokens() -> None:
+    made = distilled(quality={"kl": 0.5})
+    other = made.at(128)
+    assert (other.topk, other.quality, other.pools[1].topk) == (128, {}, 128)
+    assert other.weights == made.weights
+    assert other.at(64) == distilled(quality={})
+    with pytest.raises(PlanError, match="accepted: 1 to 4096"):
+        made.at(5000)
+    with pytest.raises(PlanError, match="this plan is for 64 tokens"):
+        plan().at(32)

@@ -88,7 +88,7 @@ def test_interrupts_are_not_wrapped(trace: Trace, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pass_that_loses_a_mutation_is_caught(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(captured: Captured, sites: Any, plan: Any) -> Captured:
+    def careless(captured: Captured, sites: Any, plan: Any, tensors: Any) -> Captured:
         (write,) = [n for n in captured.graph.nodes if "add_" in n.name]
         write.replace_all_uses_with(write.args[0])
         captured.graph.erase_node(write)

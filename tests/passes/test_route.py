@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.masks import parse_predicate
-from clsa_compile.ir.routing import Layer, Pool, Request
+from clsa_compile.ir.routing import Index, Layer, Pool, Request
+from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.route import PROMPT, is_window
 
@@ -121,3 +122,19 @@ def test_caches_that_are_shorter_than_others_are_windows(trace: Trace) -> None:
     plan = planned(trace, fn, Request(make), *qkv(s=1))
     assert [layer.ordinal for layer in seen[0]] == [1, 2]
     assert plan.schedule == "FF"
+
+
+def test_an_index_that_cannot_be_made_leaves_its_group_dense(trace: Trace) -> None:
+    """These queries come from no product with a weight."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, k, v) + sdpa(q * 2, k, v)
+
+    def learned(layers: Any) -> tuple[Pool, ...]:
+        return (Pool(0, 4, {}, (0, 1), index=Index("0", LIGHTNING.text, 0, 1)),)
+
+    plan = decide(trace(step, *qkv()), request=Request(learned, True)).plan
+    assert plan.pools == ()
+    assert plan.schedule == "FF"
+    reason = "stays dense: no product with a weight makes the queries of "
+    assert all(site.reason.startswith(reason) for site in plan.sites)

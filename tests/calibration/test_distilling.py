@@ -1,0 +1,144 @@
+"""Distilling: better than chance, the same twice, within a budget; what cannot be asked is an error."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clsa_compile
+from clsa_compile.calibration import distilling
+from clsa_compile.calibration.distilling import Wanted, train
+from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.trainer import Training
+from clsa_compile.errors import OptionError, PlanError
+from clsa_compile.testing import tiny
+
+WANTED = Wanted(topk=8, groups=2, steps=60)
+FAST = Training(topk=8, steps=60, rows=40, query_rate=3e-3, head_rate=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences and few steps take larger rates."""
+    real = Wanted.training.fget
+    assert real is not None
+    monkeypatch.setattr(
+        Wanted,
+        "training",
+        property(lambda self: replace(real(self), rows=40, query_rate=3e-3, head_rate=1e-2)),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(model: Any, tokens: list[Tensor]) -> Found:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Wanted, "training", property(lambda _: FAST))
+        return train(model, tokens, WANTED, progress=False)
+
+
+def test_a_plan_for_the_model_and_its_data(trained: Found) -> None:
+    plan = trained.plan
+    assert plan.kind == "distilled"
+    assert plan.pattern().count("I") == 2
+    assert plan.pattern()[0] == "I"
+    assert (plan.topk, plan.keep_first, plan.keep_last) == (8, 0, 0)
+    assert plan.model is not None
+    assert plan.quality == trained.quality.numbers()
+    assert sorted(m for pool in plan.pools for m in pool.members) == [0, 1, 2, 3, 4]
+
+
+def test_an_index_of_random_weights_loses(model: Any, tokens: list[Tensor], trained: Found) -> None:
+    """The control: were the index not used, or were any as good, this would not tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {n: torch.randn(t.shape, generator=generator) for n, t in trained.plan.tensors.items()}
+    plan = replace(trained.plan, tensors=drawn, weights="")
+    ours, random = (clsa_compile.evaluate(model, p, tokens) for p in (trained.plan, plan))
+    assert random.kl > 1.3 * ours.kl
+    kept = [sum(layer.recovered or 0.0 for layer in quality.layers) for quality in (random, ours)]
+    assert kept[1] > 1.3 * kept[0], "of what layers would have looked at"
+
+
+def test_weights_of_another_plan_are_refused(trained: Found, tmp_path: Path) -> None:
+    trained.plan.save(tmp_path / "plan.json")
+    names = sorted(trained.plan.tensors)
+    shuffled = dict(zip(names, (trained.plan.tensors[n] for n in reversed(names)), strict=True))
+    with pytest.raises(PlanError, match="other shapes"):
+        replace(trained.plan, tensors=shuffled, weights="")
+    swapped = {f"{1 - int(n[0])}{n[1:]}": t for n, t in trained.plan.tensors.items()}
+    other = replace(trained.plan, tensors=swapped, weights="")
+    other.save(tmp_path / "other.json")
+    (path,) = tmp_path.glob("plan.*.safetensors")
+    next(tmp_path.glob("other.*.safetensors")).replace(path)
+    with pytest.raises(PlanError, match="not those that the plan was made with"):
+        clsa_compile.SharingPlan.load(tmp_path / "plan.json")
+
+
+def test_the_same_arguments_give_the_same_plan(model: Any, tokens: list[Tensor], trained: Found) -> None:
+    again = clsa_compile.distill(model, tokens, topk=8, groups=2, steps=60, progress=False)
+    assert again == trained.plan
+    assert again.weights == trained.plan.weights
+
+
+def test_groups_begin_where_they_are_asked_to(model: Any, tokens: list[Tensor]) -> None:
+    plan = clsa_compile.distill(model, tokens, topk=8, groups=(0, 1, 4), steps=1, progress=False)
+    assert plan.pattern() == "IISSI"
+
+
+def test_a_budget_finds_the_fewest_groups(
+    model: Any, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged by a rule in place of a model: the increase is 0.5 over the number of groups."""
+    tried = []
+
+    def judged(self: Any, anchors: tuple[int, ...]) -> Any:
+        tried.append(anchors)
+        return type("Judged", (), {"plan": anchors, "quality": _Increase(0.5 / len(anchors))})
+
+    monkeypatch.setattr(distilling._Finder, "judged", judged)
+    assert len(train(model, tokens, Wanted(topk=8, budget=0.17), progress=False).plan) == 3  # type: ignore[arg-type]
+    grown = train(model, tokens, Wanted(topk=8, budget=0.13, groups=(0, 2)), progress=False).plan
+    assert {0, 2} < set(grown)  # type: ignore[call-overload]
+    assert len(grown) == 4  # type: ignore[arg-type]
+
+
+class _Increase:
+    def __init__(self, increase: float) -> None:
+        self.perplexity_increase = increase
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": None}, "give 'groups', how many indices there are to be, or a 'budget'"),
+        ({"groups": 0}, "'groups' is 0; accepted: their number, or the layers"),
+        ({"groups": (1, 3)}, "the first group begins at layer 0"),
+        ({"groups": (0, 3, 2)}, "each one later than the one before it"),
+        ({"groups": (0, 5)}, "groups=(0, 5), but 5 layers can share"),
+        ({"groups": 6}, "groups=6, but 5 layers can share"),
+        ({"topk": 0}, "'topk' is 0; accepted: 1 to 4096"),
+        ({"topk": 48}, "a sequence of 48 tokens is too short for topk=48"),
+        ({"steps": 0}, "'steps' is 0"),
+        ({"score": "dot"}, "'score' is 'dot'; accepted: 'mixture' or 'lightning'"),
+        ({"budget": -1.0}, "'budget' is -1.0; accepted: a number above 0"),
+        ({"kv_heads": 3}, "kv_heads=3, but layer 0 has 2"),
+    ],
+)
+def test_what_cannot_be_asked_is_an_error(
+    changes: dict[str, Any], message: str, model: Any, tokens: list[Tensor]
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        clsa_compile.distill(model, tokens, **{"topk": 8, "groups": 2, "progress": False, **changes})
+
+
+def test_too_little_text_and_models_with_indexers_are_errors(model: Any, tokens: list[Tensor]) -> None:
+    with pytest.raises(OptionError, match="two sequences at least"):
+        clsa_compile.distill(model, tokens[0][:1], topk=8, groups=2)
+    selecting = tiny("deepseek_v32")
+    with pytest.raises(OptionError, match="by itself, with indexers that it was trained with"):
+        clsa_compile.distill(selecting, tokens, topk=8, groups=2, progress=False)

@@ -1,0 +1,187 @@
+"""Plans with trained indices, against an attention written for Hugging Face's own interface."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import clsa_compile
+from clsa_compile.config import Options
+from clsa_compile.ir.routing import Index, Pool
+from clsa_compile.ir.scores import LIGHTNING
+from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.policies.anchors import followers
+from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
+
+LAYERS, PROMPT, STEPS, LENGTH, TOPK, TOLERANCE = 4, 20, 5, 48, 8, 1e-4
+MIXTURE = "sum: exp(dot + weight)"
+
+
+def make_plan(
+    model: nn.Module, score: str = MIXTURE, kv_heads: int = 2, first: int = 0, starts: Any = (0, 2)
+) -> SharingPlan:
+    """A plan whose indices have random weights."""
+    from clsa_compile.calibration.given import Model
+    from clsa_compile.calibration.stages import Stages
+
+    known = Model(model, torch.arange(LENGTH)[None] % 50, Stages(None))
+    generator = torch.Generator().manual_seed(0)
+    forward = known.forward(torch.arange(LENGTH)[None] % 50)
+    tensors: dict[str, Tensor] = {}
+    pools = []
+    for number, start in enumerate(starts):
+        weight, width = forward.product(start)
+        layer = known.layers[start]
+        heads = kv_heads * (layer.heads // layer.kv_heads)
+        index = Index(str(number), score, first, kv_heads)
+        shapes = (tuple(weight.shape), (heads, width), (heads,))
+        made = (torch.randn(shape, generator=generator) * 0.3 for shape in shapes)
+        tensors |= dict(zip(index.tensor_names(), made, strict=True))
+        members = (start, *followers(starts, len(known.layers)).get(start, ()))
+        pools.append(Pool(start, TOPK, {}, members, index=index))
+    return SharingPlan(
+        TOPK, known.layers, tuple(pools), 0, 0, kind="distilled", model=known.fingerprint, tensors=tensors
+    )
+
+
+class Oracle:
+    """Attention as Hugging Face calls it: a group's first layer scores all keys for all of its layers."""
+
+    name = "clsa_trained"
+
+    def __init__(self, model: nn.Module, plan: SharingPlan, prompts: bool) -> None:
+        self.plan, self.prompts = plan, prompts
+        self.given: dict[int, tuple[Tensor, Any]] = {}
+        self.bias = torch.zeros(())
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def _seen(self, module: Any, args: Any, kwargs: Any) -> None:
+        self.given[module.layer_idx] = (kwargs["hidden_states"], kwargs["position_embeddings"])
+
+    def __call__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        group, s = q.shape[1] // k.shape[1], q.shape[2]
+        if mask is None:
+            mask = torch.ones(q.shape[0], 1, s, k.shape[2]).tril(k.shape[2] - s).bool()
+        pool = next(p for p in self.plan.pools if module.layer_idx in p.members)
+        if pool.anchor == module.layer_idx:
+            self.bias = self._chosen(module, pool, k, mask, kwargs["scaling"])
+        scores = (q @ k.repeat_interleave(group, 1).mT * kwargs["scaling"]).masked_fill(~mask, -torch.inf)
+        if self.prompts or s == 1:
+            scores = scores + self.bias
+        return (scores.softmax(-1).nan_to_num() @ v.repeat_interleave(group, 1)).transpose(1, 2), None
+
+    def _chosen(self, module: Any, pool: Pool, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+        index = pool.index
+        assert index is not None
+        x, (cos, sin) = self.given[module.layer_idx]
+        query, head, bias = (self.plan.tensors[name] for name in index.tensor_names())
+        rows = query.shape[0] if not hasattr(module, "qkv_proj") else module.o_proj.in_features
+        q = (x @ query[:rows].T).unflatten(-1, (-1, module.head_dim))
+        q = (module.q_norm(q) if hasattr(module, "q_norm") else q).transpose(1, 2)
+        half = q.shape[-1] // 2
+        q = q * cos[:, None] + torch.cat((-q[..., half:], q[..., :half]), -1) * sin[:, None]
+        group = q.shape[1] // k.shape[1]
+        first, last = index.first_head, index.first_head + index.kv_heads
+        dot = (q @ k.repeat_interleave(group, 1).mT * scale)[:, first * group : last * group]
+        weight = (x @ head.T + bias).transpose(1, 2)[..., None]
+        points = torch.exp(dot + weight) if index.score == MIXTURE else weight * dot.relu()
+        scores = points.sum(1, keepdim=True).masked_fill(~mask, -torch.inf)
+        # A padding token's embedding is 0, and all its scores are equal: ties go to the lowest position.
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :TOPK]
+        return torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
+
+
+def run(model: Any, config: Any, cache: str) -> Transcript:
+    return generate_steps(
+        model, config, cache=cache, steps=STEPS, prompt=PROMPT, padding=3, batch=2, length=LENGTH
+    )
+
+
+def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> Transcript:
+    twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict())
+    made = Oracle(twin.eval(), plan, prompts)
+    ALL_ATTENTION_FUNCTIONS.register(Oracle.name, made)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(Oracle.name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    twin.set_attn_implementation(Oracle.name)
+    try:
+        return run(twin, model.config, cache)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic", "none"])
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
+    family: str, prefill: str, cache: str, passes: Any
+) -> None:
+    model = tiny(family, num_hidden_layers=LAYERS)
+    plan = make_plan(model)
+    passes.options = Options.read({"share": plan, "prefill": prefill})
+    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    wanted = expected(model, plan, cache, prefill == "sparse")
+    assert largest_difference(wanted, ours) < TOLERANCE
+    if cache != "none" or prefill == "sparse":
+        assert largest_difference(run(model, model.config, cache), ours) > TOLERANCE
+        assert any(p.schedule == "ISIS" for p in passes.plans)
+
+
+@pytest.mark.parametrize(("kv_heads", "first"), [(1, 0), (1, 1)])
+@pytest.mark.parametrize("score", [MIXTURE, LIGHTNING.text])
+def test_an_index_may_read_some_key_heads_only(score: str, kv_heads: int, first: int, passes: Any) -> None:
+    model = tiny("llama", num_hidden_layers=LAYERS)
+    plan = make_plan(model, score=score, kv_heads=kv_heads, first=first)
+    passes.options = Options.read({"share": plan, "prefill": "sparse"})
+    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    assert largest_difference(expected(model, plan, "static", True), ours) < TOLERANCE
+
+
+def test_the_file_of_a_plan_is_the_plan(tmp_path: Path, passes: Any) -> None:
+    model = tiny("llama", num_hidden_layers=LAYERS)
+    plan = make_plan(model)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    transcripts = []
+    for share in (plan, str(path)):
+        torch.compiler.reset()
+        passes.options = Options.read({"share": share, "prefill": "sparse"})
+        transcripts.append(run(torch.compile(model, backend=passes), model.config, "static"))
+    assert largest_difference(*transcripts) == 0
+
+
+def test_another_model_is_refused(passes: Any) -> None:
+    plan = make_plan(tiny("llama", num_hidden_layers=LAYERS))
+    other = tiny("llama", num_hidden_layers=LAYERS + 1)
+    with pytest.raises(BackendCompilerFailed, match=re.escape("the plan is for 4 dense layers that can")):
+        clsa_compile.inspect(other, torch.arange(30)[None], options={"share": plan})
+
+
+def test_the_report_says_what_an_index_is_for() -> None:
+    model = tiny("llama", num_hidden_layers=LAYERS)
+    options = {"share": make_plan(model), "prefill": "sparse"}
+    text = str(clsa_compile.inspect(model, torch.arange(30)[None], options=options))
+    assert "layers 0, 1 share an index trained for them, over the keys of layer 0" in text
+    assert "8 tokens by an index trained for layers 2, 3" in text
+    assert "schedule ISIS" in text
+
+
+def test_a_whole_model_compiles() -> None:
+    model = tiny("llama", num_hidden_layers=LAYERS)
+    plan = make_plan(model)
+    options = {"share": plan, "prefill": "sparse", "strict": True}
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours = torch.compile(model, backend="clsa", options=options)(ids, use_cache=False).logits
+        theirs = model(ids, use_cache=False).logits
+    assert (ours - theirs)[:, :TOPK].abs().max() < TOLERANCE, "rows with few tokens read all of them"
+    assert (ours - theirs)[:, TOPK:].abs().max() > TOLERANCE
