@@ -54,6 +54,7 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("--share", help="the option 'share': a number, a schedule or a plan's file")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--html", type=Path, help="the reports as a page (.html) that needs no network")
     parser.set_defaults(run=_run_inspect)
 
 
@@ -81,7 +82,9 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
         lengths=arguments.at,
         device=arguments.device,
     )
-    # All is known before the first line is written.
+    # All is known, and the page is there, before the first line is written.
+    if arguments.html is not None:
+        found.to_html(arguments.html)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
     else:

@@ -44,6 +44,15 @@ class Inspected:
             **{name: report.to_dict() for name, report in self.reports.items()},
         }
 
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the reports as one HTML file. Raises OptionError where it cannot be written."""
+        from clsa_compile.html.file import write
+        from clsa_compile.html.page import render
+
+        # Single steps are what most ask about.
+        reports = {name: self.reports[name] for name in reversed(GRAPHS) if name in self.reports}
+        write(path, render(reports, self.model_type, f"{self.parameters:.3g} parameters"))
+
 
 def inspect_configuration(
     path: Path,

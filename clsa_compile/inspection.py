@@ -17,10 +17,12 @@ from clsa_compile.capture.dynamo import GraphBreak
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.layers import layers_of
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.prediction import LENGTHS, device_of, predict
 from clsa_compile.report import Details, Report
+from clsa_compile.sources import sources_of
 
 __all__ = ["Report", "inspect"]
 
@@ -78,7 +80,9 @@ class _Seen:
         self._left: list[str] = []
 
     def report(self) -> Report:
-        return Report(tuple(self._plans), tuple(self._left), tuple(self._details), self._lengths)
+        share = self._options.share
+        sharing = share if isinstance(share, SharingPlan) else None
+        return Report(tuple(self._plans), tuple(self._left), tuple(self._details), self._lengths, sharing)
 
     def _look(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         result = examine(gm, inputs, self._options)
@@ -88,7 +92,9 @@ class _Seen:
         captured, decision = result
         self._plans.append(decision.plan)
         prediction = predict(captured, decision, self._device)
-        self._details.append(Details(layers_of(captured, decision), prediction))
+        layers = layers_of(captured, decision)
+        # Last: it spoils the graph.
+        self._details.append(Details(layers, prediction, sources_of(captured, decision)))
 
     def stop(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         self._look(gm, inputs)

@@ -13,7 +13,7 @@ from torch.fx import Node
 from clsa_compile.dispatch import kernels
 from clsa_compile.errors import MissingTritonError
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.masks import conjuncts, interval
+from clsa_compile.ir.masks import conjuncts, interval, is_triangle, print_predicate
 from clsa_compile.ir.plan import Plan, SitePlan
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, Operand
 from clsa_compile.ir.variants import Facts, select
@@ -269,6 +269,7 @@ def _facts(op: str, site: AttentionSite, entry: SitePlan) -> Facts:
     k: Operand = site.indexer.k if of_index and site.indexer else site.k
     mask = site.mask.tensor
     b, heads, s, width = sizes_of(q)
+    predicate = print_predicate(site.mask.predicate)
     return Facts(
         op=op,
         device="cuda",
@@ -285,4 +286,5 @@ def _facts(op: str, site: AttentionSite, entry: SitePlan) -> Facts:
         sinks=site.sinks is not None,
         additive=mask is not None and mask.root.meta["val"].dtype != torch.bool,
         lse_used=False,
+        formula=mask is None and bool(predicate) and not is_triangle(predicate, s, sizes_of(k)[2]),
     )

@@ -18,7 +18,7 @@ All tokens of a cache count as filled. Rows of a prompt see T - (S - 1) / 2 keys
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ from clsa_compile.passes.reclaim import Dying, operands, replaced
 from clsa_compile.passes.savings import sizes_of
 from clsa_compile.products import Outside, outside
 
-__all__ = ["LENGTHS", "Cost", "Prediction", "T", "crossing", "device_of", "predict", "rounded"]
+__all__ = ["LENGTHS", "Cost", "Operation", "Prediction", "T", "crossing", "device_of", "predict", "rounded"]
 
 T = sympy.Symbol("T", integer=True, positive=True)
 # Lengths that reports show where nothing is said.
@@ -83,11 +83,22 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Operation:
+    """One kind of work, of the layers `ordinals` alike: what it costs each of them."""
+
+    name: str
+    ordinals: tuple[int, ...]
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """A step before and after; `layers` has the attentions and indexers alone, by ordinal, the same way.
 
     break_even: from how many tokens on the whole step is faster than one that reads all keys in each layer;
     None where nothing is sparse, or where that is never so. break_evens: the same for a layer with its index.
+    operations: what `layers` is the sum of, before and after. bandwidth, rate: bytes a second of the device,
+    and flops a second of products in the dtype of the keys, by its data sheet.
     """
 
     device: str
@@ -98,6 +109,9 @@ class Prediction:
     layers: Mapping[int, tuple[Cost, Cost]] = field(default_factory=dict)
     break_even: int | None = None
     break_evens: Mapping[int, int | None] = field(default_factory=dict)
+    operations: tuple[tuple[Operation, ...], tuple[Operation, ...]] = ((), ())
+    bandwidth: float = 0.0
+    rate: float = 0.0
 
     def sensible(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Returns the lengths that hold at least the queries themselves; those alone where none does."""
@@ -151,13 +165,19 @@ def predict(captured: Captured, decision: Decision, device: Device) -> Predictio
 
     Attentions that are left cost the same on both sides and are not counted.
     """
+    from clsa_compile.kernels.estimate import rate
+
     sites = decision.sites.attention
     if not sites:
         return None
     entries = {entry.ordinal: entry for entry in decision.plan.sites}
     longest = max(sizes_of(site.k)[2] for site in sites)
     steps = [_Step(site, entries[site.ordinal], decision, longest, device) for site in sites]
-    layers = {step.site.ordinal: (step.before(), step.after()) for step in steps}
+    works = {step.site.ordinal: (step.before(), step.after()) for step in steps}
+    layers = {
+        ordinal: (_total(before.values()), _total(after.values()))
+        for ordinal, (before, after) in works.items()
+    }
     dense = {step.site.ordinal: step.dense() for step in steps}
     before, after = _outside(captured, decision, device)
     total = sum((cost for _, cost in layers.values()), after)
@@ -179,7 +199,26 @@ def predict(captured: Captured, decision: Decision, device: Device) -> Predictio
             for ordinal, (_, cost) in layers.items()
             if entries[ordinal].action == "sparse"
         },
+        operations=(
+            _operations({ordinal: before for ordinal, (before, _) in works.items()}),
+            _operations({ordinal: after for ordinal, (_, after) in works.items()}),
+        ),
+        bandwidth=device.bandwidth,
+        rate=rate(_itemsize(sites[0]), device),
     )
+
+
+def _total(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, Cost())
+
+
+def _operations(works: Mapping[int, Mapping[str, Cost]]) -> tuple[Operation, ...]:
+    """Returns the work of all layers, that which is named alike and costs the same once."""
+    found: dict[tuple[str, Cost], list[int]] = {}
+    for ordinal, work in works.items():
+        for item in work.items():
+            found.setdefault(item, []).append(ordinal)
+    return tuple(Operation(name, tuple(ordinals), cost) for (name, cost), ordinals in found.items())
 
 
 def crossing(dense: Expr, sparse: Expr, topk: int) -> int | None:
@@ -221,8 +260,8 @@ class _Step:
             slots = sympy.Min(slots, window + s - 1)
         return slots - sympy.Rational(s - 1, 2) if _is_causal(self.site) else slots
 
-    def before(self) -> Cost:
-        """Returns the cost as Inductor runs the model's own graph."""
+    def before(self) -> dict[str, Cost]:
+        """Returns the cost of each kind of work as Inductor runs the model's own graph."""
         site, n = self.site, self.slots
         b, h, s, d = sizes_of(site.q)
         hkv, dv, item = sizes_of(site.k)[1], sizes_of(site.v)[3], _itemsize(site)
@@ -231,9 +270,10 @@ class _Step:
         if site.family != "sdpa":
             size += SCORE_MOVES * 4 * b * h * s * n
         flops = 2 * b * h * s * n * (d + dv)
-        cost = self._eager(size, flops, item, 1)
-        owns = site.indexer is not None and self._owner() == site.ordinal
-        return cost + self._index_before(site.indexer) if owns and site.indexer else cost
+        work = {"attention": self._eager(size, flops, item, 1)}
+        if site.indexer is not None and self._owner() == site.ordinal:
+            work["index"] = self._index_before(site.indexer)
+        return work
 
     def _index_before(self, indexer: IndexerSite) -> Cost:
         b, heads, s, width = sizes_of(indexer.q)
@@ -269,25 +309,31 @@ class _Step:
             and other.indexer.topk_node is indexer.topk_node
         )
 
-    def after(self) -> Cost:
-        """Returns the cost of what was decided."""
+    def after(self) -> dict[str, Cost]:
+        """Returns the cost of each kind of work that was decided on."""
         ordinal, plan = self.site.ordinal, self.decision.plan
         begun = [pool for pool in plan.pools if pool.anchor == ordinal]
         chosen = [pool for pool in begun if pool.index is None]
         feeds = any(ordinal in pool.sources for pool in plan.pools)
+        work = {}
         if self.entry.action != "sparse":
-            cost = self.dense(stored=feeds)
+            work["dense attention"] = self.dense(stored=feeds)
         else:
-            cost = self._sparse(self.entry.topk)
+            work["sparse attention"] = self._sparse(self.entry.topk)
             group = next((g for g in plan.groups if g.kind == "index" and g.anchor == ordinal), None)
             if group is not None and self.site.indexer is not None:
-                cost += self._index(self.site.indexer, group.pool if group.among is not None else 0)
-            cost = sum(
-                (self._borrowed(pool.index, pool.topk) for pool in begun if pool.index is not None), cost
-            )
+                pool = group.pool if group.among is not None else 0
+                work["index scan"], work["selection"] = self._index(self.site.indexer, pool)
+            borrowed = [pool for pool in begun if pool.index is not None]
+            if borrowed:
+                work["borrowed index"] = _total(self._borrowed(p.index, p.topk) for p in borrowed if p.index)
         if feeds:
-            cost += self._mass(sum(pool.sets for pool in plan.pools if ordinal in pool.sources))
-        return sum((self._choice(pool) for pool in chosen), cost)
+            work["attention mass"] = self._mass(
+                sum(pool.sets for pool in plan.pools if ordinal in pool.sources)
+            )
+        if chosen:
+            work["selection"] = _total(self._choice(pool) for pool in chosen)
+        return work
 
     def dense(self, stored: bool = False) -> Cost:
         """Returns the cost of reading each key once."""
@@ -326,7 +372,8 @@ class _Step:
             line.fixed + line.slope * n,
         )
 
-    def _index(self, indexer: IndexerSite, pool: int) -> Cost:
+    def _index(self, indexer: IndexerSite, pool: int) -> tuple[Cost, Cost]:
+        """Returns what scores and what the choice among them cost."""
         from clsa_compile.kernels import estimate
 
         b, heads, s, width = sizes_of(indexer.q)
@@ -342,7 +389,7 @@ class _Step:
         scores = 4 * b * s * n
         size = b * read * width * item + b * heads * s * (width * item + 4) + scores
         scan = Cost(size, 2 * b * heads * s * n * width, line.fixed + line.slope * n)
-        return scan + self._selection(b * s, n, indexer.topk)
+        return scan, self._selection(b * s, n, indexer.topk)
 
     def _borrowed(self, index: Index, topk: int) -> Cost:
         """Returns the cost of an index over the layer's own keys, with the product that makes its queries."""

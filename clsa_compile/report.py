@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,8 +11,10 @@ from rich.console import RenderableType
 
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.plan import Group, Plan, SitePlan
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.layers import Layer
 from clsa_compile.prediction import LENGTHS, Prediction
+from clsa_compile.sources import Sources
 
 __all__ = ["SCHEMA", "Details", "Report"]
 
@@ -21,10 +24,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Of one graph: each attention, and the cost of a call where one was understood."""
+    """Of one graph: each attention, the cost of a call where one was understood, and its kernels' sources."""
 
     layers: tuple[Layer, ...]
     prediction: Prediction | None
+    sources: Sources | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +37,14 @@ class Report:
 
     `plans` holds one plan a graph (a graph break makes several), `details` what `inspect` adds to it;
     `left_graphs` says why whole graphs are left to Inductor. Numbers are shown at `lengths`, tokens.
+    `sharing` is the plan that the options named, where they named one.
     """
 
     plans: tuple[Plan, ...]
     left_graphs: tuple[str, ...] = ()
     details: tuple[Details, ...] = ()
     lengths: tuple[int, ...] = LENGTHS
+    sharing: SharingPlan | None = None
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -89,6 +95,13 @@ class Report:
             "index_topk": sum(group.kind == "index" for group in self.groups),
             "left": sum(plan.count("left") for plan in self.plans),
         }
+
+    def to_html(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Writes one self-contained HTML file. Raises OptionError where it cannot be written."""
+        from clsa_compile.html.file import write
+        from clsa_compile.html.page import render
+
+        write(path, render({"": self}, title))
 
     def __str__(self) -> str:
         from clsa_compile.report_text import plain

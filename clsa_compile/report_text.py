@@ -21,7 +21,17 @@ from clsa_compile.prediction import Cost, Prediction, rounded
 if TYPE_CHECKING:
     from clsa_compile.report import Details, Report
 
-__all__ = ["parts", "plain"]
+__all__ = [
+    "alike",
+    "attention_words",
+    "break_even_words",
+    "formula_words",
+    "headlines",
+    "index_words",
+    "parts",
+    "plain",
+    "ranges",
+]
 
 WIDTH = 160
 # So many layers in a row are written as a range, in sentences.
@@ -42,7 +52,7 @@ def plain(report: Report) -> str:
 
 def parts(report: Report) -> Iterator[RenderableType]:
     """Yields lines (Text) and tables."""
-    yield from map(Text, _headlines(report))
+    yield from map(Text, headlines(report))
     for number, plan in enumerate(report.plans):
         details = report.details[number] if number < len(report.details) else None
         if details is None:
@@ -55,7 +65,8 @@ def parts(report: Report) -> Iterator[RenderableType]:
             yield from _prediction(details.prediction, report.lengths)
 
 
-def _headlines(report: Report) -> Iterator[str]:
+def headlines(report: Report) -> Iterator[str]:
+    """Yields what was found in one line, and a line for each graph that is left whole."""
     counts = report.counts()
     graphs = "graph" if len(report.plans) == 1 else "graphs"
     yield (
@@ -98,7 +109,7 @@ def _plan_table(plan: Plan) -> Table:
             entry.action,
             f"{entry.heads}/{entry.kv_heads}" if entry.heads else "",
             entry.mask,
-            f"top {entry.topk} of {entry.score}" if entry.topk else "",
+            f"top {entry.topk}" + (f" of {entry.score}" if entry.score else "") if entry.topk else "",
             entry.reason,
         )
     return table
@@ -110,19 +121,19 @@ def _layer_table(details: Details, lengths: Sequence[int]) -> Table:
     costs = {} if found is None else found.layers
     tokens = 0 if found is None else found.sensible(lengths)[-1]
     table = _table([*columns, f"us at {tokens}"] if costs else columns)
-    alike: dict[Layer, list[Layer]] = {}
+    kinds: dict[Layer, list[Layer]] = {}
     for layer in details.layers:
-        alike.setdefault(_alike(layer), []).append(layer)
-    for kind, run in alike.items():
+        kinds.setdefault(alike(layer), []).append(layer)
+    for kind, run in kinds.items():
         # Lines below say which layers read which one's tokens, where that differs.
         layer = run[0] if len({layer.runs for layer in run}) == 1 else replace(run[0], runs=kind.runs)
         row = [
-            _ranges((layer.layer for layer in run), 3),
+            ranges((layer.layer for layer in run), 3),
             _module(run),
-            _attention(layer),
+            attention_words(layer),
             layer.mask + (f" (window {layer.window})" if layer.window else ""),
             layer.cache,
-            "" if layer.index is None else _index(layer.index),
+            "" if layer.index is None else index_words(layer.index),
             _runs_as(layer),
         ]
         if costs:
@@ -131,7 +142,8 @@ def _layer_table(details: Details, lengths: Sequence[int]) -> Table:
     return table
 
 
-def _attention(layer: Layer) -> str:
+def attention_words(layer: Layer) -> str:
+    """Returns heads, widths, dtype and scale of an attention; nothing for one that is left."""
     if layer.action == "left":
         return ""
     width = str(layer.width)
@@ -142,7 +154,8 @@ def _attention(layer: Layer) -> str:
     return ", ".join([heads, *more, *(["sinks"] if layer.sinks else [])])
 
 
-def _index(index: Index) -> str:
+def index_words(index: Index) -> str:
+    """Returns what an indexer selects, and by which score."""
     return f"top {index.topk} of {index.score}, {index.heads} heads of {index.width}"
 
 
@@ -161,18 +174,18 @@ def _times(costs: tuple[Cost, Cost] | None, tokens: int) -> str:
 
 def _left(layers: Sequence[Layer]) -> Iterator[str]:
     """Yields why layers are left, and the model's source line; once for those that have both in common."""
-    alike: dict[tuple[str, str, str], list[Layer]] = {}
+    reasons: dict[tuple[str, str, str], list[Layer]] = {}
     for layer in layers:
         if layer.action == "left":
-            alike.setdefault((layer.reason.partition(":")[0], layer.source, layer.caller), []).append(layer)
-    for found in alike.values():
+            reasons.setdefault((layer.reason.partition(":")[0], layer.source, layer.caller), []).append(layer)
+    for found in reasons.values():
         first = found[0]
         yield f"layer {first.layer} ({first.path}) is left as it was: {first.reason}"
         for place in (first.source, first.caller):
             if place:
                 yield f"    {place}"
         if found[1:]:
-            yield f"    so are layers {_ranges((layer.layer for layer in found[1:]), MANY)}"
+            yield f"    so are layers {ranges((layer.layer for layer in found[1:]), MANY)}"
 
 
 def _runs(entries: Sequence[SitePlan]) -> Iterator[list[SitePlan]]:
@@ -191,7 +204,7 @@ def _kin(site: SitePlan) -> SitePlan:
     return replace(site, ordinal=0, layer=0, path="")
 
 
-def _alike(layer: Layer) -> Layer:
+def alike(layer: Layer) -> Layer:
     """Returns a layer without what tells it from those that are listed with it."""
     runs = re.sub(r"layer \d+", "an earlier layer", layer.runs)
     return replace(layer, ordinal=0, layer=0, path="", source="", caller="", group="", runs=runs)
@@ -217,10 +230,10 @@ def _groups(plan: Plan) -> Iterator[str]:
         if group not in alone:
             yield _describe(group, plan)
         elif group is alone[0]:
-            yield f"layers {_ranges([layers[g.anchor] for g in alone], 3)} have an index of their own each"
+            yield f"layers {ranges([layers[g.anchor] for g in alone], 3)} have an index of their own each"
 
 
-def _ranges(numbers: Iterable[int], least: int) -> str:
+def ranges(numbers: Iterable[int], least: int) -> str:
     """Returns ascending numbers as `0-9, 12`: so many in a row, and more, as a range."""
     found: list[list[int]] = []
     for number in numbers:
@@ -235,7 +248,7 @@ def _ranges(numbers: Iterable[int], least: int) -> str:
 def _schedule(plan: Plan) -> list[str]:
     if plan.pools:
         layers = {site.ordinal: site.layer for site in plan.sites}
-        members = _ranges((layers[m] for pool in plan.pools for m in pool.members), MANY)
+        members = ranges((layers[m] for pool in plan.pools for m in pool.members), MANY)
         tokens = " or ".join(sorted({str(pool.topk) for pool in plan.pools}))
         return [
             f"schedule {plan.schedule}: layers {members} attend to {tokens} tokens of each sequence "
@@ -245,10 +258,10 @@ def _schedule(plan: Plan) -> list[str]:
     again = [layers[group.anchor] for group in plan.groups if group.among is not None]
     changes = []
     if plan.shares:
-        members = _ranges((layers[ordinal] for ordinal in plan.shares), MANY)
+        members = ranges((layers[ordinal] for ordinal in plan.shares), MANY)
         changes.append(f"layers {members} do not run their indexers")
     if again:
-        changes.append(f"layers {_ranges(again, MANY)} run them over offered tokens only")
+        changes.append(f"layers {ranges(again, MANY)} run them over offered tokens only")
     if not changes:
         return []
     lines = [
@@ -256,7 +269,7 @@ def _schedule(plan: Plan) -> list[str]:
         "select tokens in each of them"
     ]
     if plan.invalid:
-        members = _ranges((layers[ordinal] for ordinal in plan.invalid), MANY)
+        members = ranges((layers[ordinal] for ordinal in plan.invalid), MANY)
         lines.append(
             f"the index keys of layers {members} are not written: no other code may select tokens by them"
         )
@@ -265,7 +278,7 @@ def _schedule(plan: Plan) -> list[str]:
 
 def _describe(group: Group, plan: Plan) -> str:
     layers = {site.ordinal: site.layer for site in plan.sites}
-    members = _ranges((layers[m] for m in group.members), MANY)
+    members = ranges((layers[m] for m in group.members), MANY)
     if group.kind == "kv":
         return f"layers {members} read the same keys and values"
     if group.kind == "mass":
@@ -297,12 +310,13 @@ def _prediction(found: Prediction, lengths: Sequence[int]) -> Iterator[Renderabl
         table.add_row(str(tokens), *pairs, *times, f"{before[2] / after[2]:.3g}x")
     yield table
     for name in ("bytes", "flops", "us"):
-        sides = [_formula(getattr(side, name)) for side in (found.before, found.after)]
+        sides = [formula_words(getattr(side, name)) for side in (found.before, found.after)]
         yield Text(f"    {name}(T) = {sides[0]}  ->  {sides[1]}")
-    yield from map(Text, _break_even(found))
+    yield from map(Text, break_even_words(found))
 
 
-def _break_even(found: Prediction) -> Iterator[str]:
+def break_even_words(found: Prediction) -> Iterator[str]:
+    """Yields from how many tokens on selected ones are faster, where any are selected."""
     if not found.break_evens:
         return
     each = sorted({at for at in found.break_evens.values() if at is not None})
@@ -314,7 +328,8 @@ def _break_even(found: Prediction) -> Iterator[str]:
     yield f"break-even: selected tokens are faster than all of them from {span} on; the whole step {whole}"
 
 
-def _formula(expression: Any) -> str:
+def formula_words(expression: Any) -> str:
+    """Returns a formula in T, its broken numbers with four digits."""
     return str(sympy.sstr(rounded(expression), full_prec=False))
 
 

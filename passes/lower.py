@@ -29,12 +29,16 @@ from clsa_compile.passes.tidy import drop_dead
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What one contract op became: a variant's name or "reference", and why others were passed over."""
+    """What one contract op became: a variant's name or "reference", and why others were passed over.
+
+    `like` is the first node that was lowered in the very same way, itself where it is the first.
+    """
 
     node: str
     op: str
     variant: str
     passed_over: tuple[str, ...]
+    like: str
 
 
 def lower(
@@ -45,7 +49,7 @@ def lower(
     `variants` are tried in order; `wrap` makes a Triton kernel traceable.
     """
     choices = []
-    traced: dict[Any, GraphModule] = {}
+    traced: dict[Any, tuple[str, GraphModule]] = {}
     for node in list(captured.graph.nodes):
         op = contract_op(node.target) if node.op == "call_function" else None
         if op is None:
@@ -58,12 +62,13 @@ def lower(
             _pin_strides(captured, node)
         key = (op, variant.name if variant else "", _signature(node))
         if key not in traced:
-            traced[key] = _trace(captured, node, _implementation(op, variant, wrap))
-        results = _inline(captured, node, traced[key])
+            traced[key] = (node.name, _trace(captured, node, _implementation(op, variant, wrap)))
+        like, implementation = traced[key]
+        results = _inline(captured, node, implementation)
         if op == "mask_bounds":
             # Otherwise Inductor computes them again for each kernel that takes them.
             hold(captured, results[0])
-        choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons))
+        choices.append(Choice(node.name, op, variant.name if variant else "reference", reasons, like))
     drop_dead(captured.graph)
     captured.module.recompile()
     return captured, tuple(choices)

@@ -200,10 +200,12 @@ def test_the_wheel_holds_every_module_and_template(wheel_names: list[str]) -> No
     assert any(name.endswith(".jinja") for name in expected)
     expected |= {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.py", "*.jinja")
-        for path in (ROOT / "clsa_compile/calibration").rglob(pattern)
+        for folder in ("calibration", "html")
+        for pattern in ("*.py", "*.jinja", "*.css", "*.js")
+        for path in (ROOT / "clsa_compile" / folder).rglob(pattern)
     }
     assert "clsa_compile/calibration/report.html.jinja" in expected
+    assert {f"clsa_compile/html/page.{end}" for end in ("html.jinja", "css", "js")} <= expected
     assert expected | {"clsa_compile/py.typed"} <= set(wheel_names)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import jinja2
 
-from clsa_compile.errors import OptionError
-from clsa_compile.ir.files import write_text
+from clsa_compile.html.file import write
 
 if TYPE_CHECKING:
     from clsa_compile.calibration.quality import Quality
@@ -66,14 +64,6 @@ def render(quality: Quality | None, tasks: TaskReport | None) -> str:
         left=LEFT,
         top=TOP,
     )
-
-
-def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a page whole or not at all. Raises OptionError where it cannot be written."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise OptionError(f"no page can be written to {os.fspath(path)!r}: {error}") from error
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import DynamicCache, StaticCache
 
 import clsa_compile.backend
 from clsa_compile import OptionError, Plan, Report, StrictError, inspect
+from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import tiny
 
 CACHES: dict[str, Callable[[Any], Any]] = {
@@ -201,6 +204,17 @@ def test_reports_are_readable_and_become_json() -> None:
     assert data["counts"]["sparse_attention"] == 3
     assert tuple(Plan.from_dict(g) for g in data["graphs"]) == report.plans
     assert data["left_graphs"] == []
+
+
+def test_the_plan_that_the_options_name_is_in_the_report(tmp_path: Path) -> None:
+    layers = tuple(Layer(i, 4, 2, f"model.layers.{i}.self_attn", 16, 16, 0.25) for i in range(2))
+    pool = Pool(0, 8, {0: ((0.25,) * 4,)}, (1,), keep_first=1, keep_last=2)
+    plan = SharingPlan(8, layers, (pool,), keep_first=1, keep_last=2, quality={"kl": 0.5})
+    plan.save(tmp_path / "plan.json")
+    for share in (plan, tmp_path / "plan.json"):
+        report = inspect(tiny("llama"), **prompt(), options={"share": share})
+        assert report.sharing == plan
+    assert inspect(tiny("llama"), **prompt(), options={"topk": 40, "share": 2}).sharing is None
 
 
 def test_shared_keys_and_values_are_in_the_report() -> None:

@@ -107,7 +107,7 @@ def test_kinds_of_caches(cache: str, kind: str) -> None:
 def test_no_cache() -> None:
     layers = inspect(tiny("llama"), IDS, use_cache=False).layers
     assert [layer.cache for layer in layers] == ["none", "none"]
-    assert [layer.kernels for layer in layers] == [("attention.sdpa",)] * 2
+    assert [layer.kernels for layer in layers] == [("attention.rows",)] * 2
 
 
 def test_a_cache_that_rolls_is_a_ring() -> None:

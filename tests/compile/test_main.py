@@ -78,6 +78,25 @@ def test_options_reach_the_passes(folder: Path, capsys: pytest.CaptureFixture[st
     assert "break-even: selected tokens are faster" in out
 
 
+def test_a_page_has_both_graphs_and_comes_before_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pages" / "report.html"
+    assert main(["inspect", "--config", str(folder), *SMALL, "--html", str(path)]) == 0
+    assert "== decode: llama" in capsys.readouterr().out
+    text = path.read_text(encoding="utf-8")
+    assert text.index('<h2 class="first">decode') < text.index('<h2 class="first">prefill')
+    assert "clsa: llama" in text
+    assert "def attention_decode(" in text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_page_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "config.json" / "report.html"
+    err = refused(capsys, folder, *SMALL, "--graph", "decode", "--html", path)
+    assert f"no page can be written to '{path}'" in err
+
+
 def test_eager_attention_can_be_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder), *SMALL, "--attention", "eager", "--graph", "decode", "--json"]) == 0
     (graph,) = json.loads(capsys.readouterr().out)["decode"]["graphs"]

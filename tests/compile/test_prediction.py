@@ -265,6 +265,24 @@ def test_a_prompt_without_a_cache_sees_half_of_its_tokens() -> None:
     assert before.flops.subs(T, 12) == 2 * 4 * 12 * 12 * 32
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "works"),
+    [
+        ("llama", {"topk": 40, "share": 2}, ("dense attention", "attention mass", "selection")),
+        ("glm_moe_dsa", {}, ("sparse attention", "index scan", "selection")),
+    ],
+)
+def test_operations_are_what_layers_are_the_sum_of(name: str, options: Any, works: tuple[str, ...]) -> None:
+    (found,) = report_of(name, options=options, device="h100").predictions
+    for place, operations in enumerate(found.operations):
+        for ordinal, costs in found.layers.items():
+            own = [o.cost.at(131072) for o in operations if ordinal in o.ordinals]
+            parts = tuple(map(sum, zip(*own, strict=True)))
+            assert parts == pytest.approx(costs[place].at(131072))
+    assert [o.name for o in found.operations[1] if 0 in o.ordinals] == list(works)
+    assert (found.bandwidth, found.rate) == (3.35e12, 9.89e14)
+
+
 def test_broken_numbers_have_four_digits() -> None:
     text = sympy.sstr(rounded(0.123456 * T + 7), full_prec=False)
     assert text == "0.1235*T + 7"

@@ -17,7 +17,7 @@ from transformers import StaticCache
 
 from clsa_compile import Report, inspect
 from clsa_compile.report import SCHEMA
-from clsa_compile.report_text import WIDTH, _ranges
+from clsa_compile.report_text import WIDTH, ranges
 from clsa_compile.testing import tiny
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "inspect"
@@ -180,7 +180,7 @@ def test_layers_that_are_alike_are_one_row_wherever_they_stand() -> None:
     ],
 )
 def test_layers_in_a_row(numbers: list[int], least: int, text: str) -> None:
-    assert _ranges(numbers, least) == text
+    assert ranges(numbers, least) == text
 
 
 def test_layers_that_read_different_indices_are_one_row_too() -> None:

@@ -121,6 +121,8 @@ def test_alike_ops_are_traced_once_and_unlike_ones_are_not(trace: Trace) -> None
     assert len(choices) == 5
     # Equal layouts and constants: one trace; another scale, another mask: traces of their own.
     assert 3 <= len(mine.strides) <= 4
+    assert [choice.like for choice in choices[:2]] == [choices[0].node] * 2
+    assert len({choice.like for choice in choices}) == len(mine.strides)
 
 
 def test_ops_that_nothing_needs_are_dropped(trace: Trace) -> None:
