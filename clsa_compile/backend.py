@@ -308,4 +308,4 @@ def _count(plan: Plan) -> None:
 def _count_choices(plan: Plan) -> None:
     counters["clsa"]["sparse_attention"] += plan.count("sparse")
     counters["clsa"]["attention"] += plan.count("attention")
-    counters["clsa"]["index_topk"] += sum(group.kind == "index" for group in plan.groups)
+    counters["clsa"]["index_topk"] += sum(group.runs_index for group in plan.groups)

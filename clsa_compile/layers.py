@@ -252,8 +252,7 @@ def _kernels(site: AttentionSite, entry: SitePlan, decision: Decision) -> tuple[
         return ()
     plan = decision.plan
     ops = ["sparse_attention" if entry.action == "sparse" else "attention"]
-    own = ("index", "distilled")
-    if entry.action == "sparse" and any(g.kind in own and g.anchor == entry.ordinal for g in plan.groups):
+    if entry.action == "sparse" and any(g.runs_index and g.anchor == entry.ordinal for g in plan.groups):
         ops.insert(0, "index_topk")
     if any(entry.ordinal in pool.sources for pool in plan.pools):
         ops[-1] = "attention_mass"

@@ -92,7 +92,7 @@ class Report:
             "sites": len(self.sites),
             "sparse_attention": sum(plan.count("sparse") for plan in self.plans),
             "attention": sum(plan.count("attention") for plan in self.plans),
-            "index_topk": sum(group.kind == "index" for group in self.groups),
+            "index_topk": sum(group.runs_index for group in self.groups),
             "left": sum(plan.count("left") for plan in self.plans),
         }
 

@@ -59,6 +59,11 @@ class Group:
     among: int | None = None
     pool: int = 0
 
+    @property
+    def runs_index(self) -> bool:
+        """True where an indexer runs for the group, the model's own or one that was trained."""
+        return self.kind in ("index", "distilled")
+
 
 @dataclass(frozen=True, slots=True)
 class Savings:

@@ -147,6 +147,7 @@ def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:
     assert "layers 0, 1 share an index trained for them, over the keys of layer 0" in text
     assert "8 tokens by an index trained for layers 2, 3" in text
     assert "schedule ISIS" in text
+    assert "4 sparse over selected tokens (2 indexers run)" in text
 
 
 def test_a_whole_model_compiles(index_plan: Any) -> None:
