@@ -26,6 +26,7 @@ from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.passes.pipeline import Decision, Observer, carry_out, decide, missing, uuid
+from clsa_compile.passes.route import UNMADE
 from clsa_compile.passes.savings import stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
@@ -283,6 +284,10 @@ def _report(plan: Plan, options: Options) -> None:
         lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
         found = f"{len(left)} of {len(plan.sites)} attentions"
         _complain(lines, f"clsa left {found} as they were: {lines}", options)
+    unmade = [entry for entry in plan.sites if entry.reason.startswith(UNMADE)]
+    if unmade:
+        found = f"{len(unmade)} of {len(plan.sites)} attentions stay dense"
+        _complain("unmade", f"{found}: layer {unmade[0].layer}: {unmade[0].reason}", options)
     if options.topk is not None and not plan.schedule:
         nothing = f"none of the {len(plan.sites)} attentions is dense over all tokens"
         _complain("topk", f"topk={options.topk} changes nothing: {nothing}", options)

@@ -93,7 +93,7 @@ class Watch:
             plan.count("sparse"),
             plan.count("attention"),
             plan.count("left"),
-            sum(group.kind == "index" for group in plan.groups),
+            sum(group.runs_index for group in plan.groups),
             time.perf_counter() - self._since,
         )
 

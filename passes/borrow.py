@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.routing import Index
@@ -20,6 +21,8 @@ from clsa_compile.ir.sites import AttentionSite, Operand
 from clsa_compile.ir.tensors import placed
 from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.emit import Emitter
+from clsa_compile.passes.indexing import shape
+from clsa_compile.passes.rows import Take, Want, rank, reduced
 
 aten = torch.ops.aten
 
@@ -30,6 +33,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.matmul.default: (0, 1),
     aten.addmm.default: (1, 2),
 }
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # What may stand between a weight and the product.
 _OF_WEIGHTS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.alias.default, aten.to.dtype)
 
@@ -70,9 +74,10 @@ def product(site: AttentionSite) -> Product | str:
     between = _between(node, after)
     if _is_written(site, (node, *between)):
         return f"the queries of {site.path}, or what they are made of, are written in place"
-    if rows.meta["val"].dim() not in (2, 3):
-        return f"the queries of {site.path} are made of {rows.meta['val'].dim()} dimensions, not of rows"
-    return Product(node, rows, weight, between)
+    made = Product(node, rows, weight, between)
+    if not _is_in_order(site, made):
+        return f"the queries of {site.path} are made of rows in another order than sequence by sequence"
+    return made
 
 
 def index_operands(
@@ -160,6 +165,38 @@ def _is_written(site: AttentionSite, nodes: tuple[Node, ...]) -> bool:
         return True
     reads = ((operand, node) for node in nodes for operand in node.all_input_nodes)
     return any(order.write_between(operand, node, site.out) is not None for operand, node in reads)
+
+
+def _is_in_order(site: AttentionSite, made: Product) -> bool:
+    """Tells whether row s of sequence b is made of x[b, s], or of x[b * S + s]; sizes of 1 have no order."""
+    for role, wanted in ((0, 0), (2, 1)):
+        axis = site.q.dims[role]
+        if axis is None or shape(site.q.root)[axis] == 1:
+            continue
+        if _reached(site.q.root, axis, made) != {wanted}:
+            return False
+    return made.node.meta["val"].dim() == 3 or _is_flat(made)
+
+
+def _reached(node: Node, axis: int, made: Product) -> set[int]:
+    """Returns which of the dimensions B and S of the product a dimension comes from; -1 where it is mixed."""
+    if node is made.node:
+        return {axis if rank(node) == 3 else -1}
+    if node.args and node.args[0] is made.node and rank(made.node) == 2 and node.target in _VIEWS:
+        whole = shape(made.rows.args[0])[:2] if _is_flat(made) else ()
+        return {axis if axis < 2 and shape(node)[:2] == whole else -1}
+    call = reduced(node, axis, Want(shape(node)[axis], 1, None))
+    if call is None:
+        return {-1}
+    taken = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Take)]
+    inside = (made.node, *made.after)
+    return {a for take in taken if take.node in inside for a in _reached(take.node, take.axis, made)}
+
+
+def _is_flat(made: Product) -> bool:
+    """Tells whether the rows are those of a tensor [B, S, E], one sequence after the other."""
+    source = made.rows.args[0] if made.rows.target in _VIEWS else None
+    return isinstance(source, Node) and rank(source) == 3
 
 
 def _heads(emit: Emitter, node: Node, first: int, count: int, of: int) -> Node:

@@ -19,6 +19,7 @@ from clsa_compile.ir.sites import AttentionSite, IndexerSite, MaskSpec, Sites
 from clsa_compile.passes.borrow import Constants, index_operands
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.patterns.indexer import canonical
+from clsa_compile.passes.route import has_values, reads_heads
 from clsa_compile.passes.tidy import drop_dead
 
 aten = torch.ops.aten
@@ -237,7 +238,7 @@ class _Rewriter:
         with self._captured.graph.inserting_before(indexer.topk_node):
             q, k = emit.operand(indexer.q), emit.operand(indexer.k)
             # What is offered was selected under the same mask; the values of a mask are still needed.
-            mask = indexer.mask if candidates is None or _has_values(indexer.mask) else MaskSpec()
+            mask = indexer.mask if candidates is None or has_values(indexer.mask) else MaskSpec()
             return emit.call(
                 torch.ops.clsa.index_topk.default,
                 q,
@@ -272,7 +273,7 @@ class _Rewriter:
                 q,
                 tensor,
                 inputs,
-                heads if _reads_heads(mask) else 1,
+                heads if reads_heads(mask) else 1,
                 _size(emit, k, 2),
                 print_predicate(mask.predicate),
             )
@@ -289,21 +290,11 @@ def _shape_key(node: Node) -> tuple[str, str]:
     return str(value.shape[0]), str(value.shape[2])
 
 
-def _reads_heads(mask: MaskSpec) -> bool:
-    per_head = mask.tensor is not None and mask.tensor.dims[1] is not None
-    return per_head or any(str(s) == "h" for s in getattr(mask.predicate, "free_symbols", ()))
-
-
 def _needed_mask(site: AttentionSite, chosen: MaskSpec) -> MaskSpec:
     """Returns what attention must check by itself: nothing where its tokens were chosen under that mask."""
-    if canonical(site.mask) != canonical(chosen) or _reads_heads(site.mask):
+    if canonical(site.mask) != canonical(chosen) or reads_heads(site.mask):
         return site.mask
-    return site.mask if _has_values(site.mask) else MaskSpec()
-
-
-def _has_values(mask: MaskSpec) -> bool:
-    """Tells whether a mask is added to scores, so that it says more than what may be read."""
-    return mask.tensor is not None and mask.tensor.root.meta["val"].dtype != torch.bool
+    return site.mask if has_values(site.mask) else MaskSpec()
 
 
 def _arrange(emit: Emitter, result: Node, roles: tuple[int, ...]) -> Node:

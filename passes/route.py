@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 from sympy.core.function import AppliedUndef
+from torch import Tensor
 
+from clsa_compile.errors import PlanError
 from clsa_compile.ir.masks import B_, KV_, Q_, interval, slot_of
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.routing import Layer, Pool, Request
-from clsa_compile.ir.sites import AttentionSite, Operand
+from clsa_compile.ir.sites import AttentionSite, MaskSpec, Operand
 from clsa_compile.passes.borrow import product
-from clsa_compile.passes.indexing import same, sym
+from clsa_compile.passes.indexing import same, shape, sym
 from clsa_compile.passes.patterns.indexer import canonical
 
 PROMPT = "a prompt: stays dense"
+# How reasons begin for which a group whose index was trained has none.
+UNMADE = "stays dense, for its index cannot be made:"
 
 
 def shareable(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
@@ -75,7 +80,7 @@ def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool
     pools = []
     for pool in asked:
         anchor = by_ordinal[pool.anchor]
-        unmade = _unmade(anchor, pool)
+        unmade = _unmade(anchor, pool, request.tensors)
         reasons = {m: unmade or _stays_dense(by_ordinal[m], anchor, pool, request) for m in pool.members}
         kept.update({m: why for m, why in reasons.items() if why})
         members = tuple(m for m in pool.members if not reasons[m])
@@ -87,14 +92,40 @@ def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool
     return tuple(sorted(pools, key=lambda pool: pool.anchor)), kept
 
 
-def _unmade(anchor: AttentionSite, pool: Pool) -> str:
-    """Returns why an index cannot be put before an anchor, or ""."""
+def _unmade(anchor: AttentionSite, pool: Pool, tensors: Mapping[str, Tensor]) -> str:
+    """Returns why an index cannot be put before an anchor, or "".
+
+    Raises PlanError for the weights of another model.
+    """
     if pool.index is None:
         return ""
-    if any(str(s) == "h" for s in getattr(anchor.mask.predicate, "free_symbols", ())):
-        return f"stays dense: the mask of {anchor.path} differs by head, and an index has one for all"
+    if reads_heads(anchor.mask):
+        return f"{UNMADE} the mask of {anchor.path} differs by head, and an index has one for all"
+    if has_values(anchor.mask):
+        return f"{UNMADE} the mask of {anchor.path} is added to scores, which an index does not learn"
     found = product(anchor)
-    return f"stays dense: {found}" if isinstance(found, str) else ""
+    if isinstance(found, str):
+        return f"{UNMADE} {found}"
+    query, head, _ = (tensors[name] for name in pool.index.tensor_names())
+    needed = found.weight.meta["val"].shape, found.rows.meta["val"].shape[-1]
+    if (query.shape, head.shape[-1]) != needed:
+        raise PlanError(
+            f"the plan is for another model: the index {pool.index.name!r} has weights of shape "
+            f"{list(query.shape)}, the queries of {anchor.path} are made by {list(needed[0])}"
+        )
+    return ""
+
+
+def reads_heads(mask: MaskSpec) -> bool:
+    """Tells whether a mask may differ from head to head."""
+    axis = None if mask.tensor is None else mask.tensor.dims[1]
+    per_head = axis is not None and mask.tensor is not None and shape(mask.tensor.root)[axis] != 1
+    return per_head or any(str(s) == "h" for s in getattr(mask.predicate, "free_symbols", ()))
+
+
+def has_values(mask: MaskSpec) -> bool:
+    """Tells whether a mask is added to scores, so that it says more than what may be read."""
+    return mask.tensor is not None and mask.tensor.root.meta["val"].dtype != torch.bool
 
 
 def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, request: Request) -> str:

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan, Savings
+from clsa_compile.ir.routing import Index
 from clsa_compile.ir.sites import AttentionSite, IndexerSite, Operand, Sites
 from clsa_compile.ir.strip import is_stripped
 from clsa_compile.passes.reclaim import Dying, operands, replaced
@@ -38,6 +39,7 @@ def savings(captured: Captured, sites: Sites, plan: Plan, reclaimed: Iterable[No
     scanned = [_scan(indexer) for indexer in indexers]
     scanned += [_scan(indexer, pool) for indexer, pool in again if indexer is not None]
     skipped = [_skipped(site, pool.topk) for site, pool in sparse]
+    added = [_borrowed(by_ordinal[p.anchor], p.index) for p in plan.pools if p.index is not None]
     # Each weight of a projection is multiplied and added once a row.
     rows = max((_rows(indexer.q) for indexer in indexers), default=0)
     projected = sum(2 * rows * value.numel() for value in idle.values() if value.dim() == 2)
@@ -45,8 +47,8 @@ def savings(captured: Captured, sites: Sites, plan: Plan, reclaimed: Iterable[No
     return Savings(
         idle=tuple(idle),
         weight_bytes=sum(value.numel() * value.itemsize for value in idle.values()),
-        cache_bytes=sum(size for size, _ in counts),
-        flops=sum(flops for _, flops in counts) + projected,
+        cache_bytes=sum(size for size, _ in counts) - sum(size for size, _ in added),
+        flops=sum(flops for _, flops in counts) + projected - sum(flops for _, flops in added),
     )
 
 
@@ -90,6 +92,15 @@ def _skipped(site: AttentionSite, topk: int) -> tuple[int, int]:
     left = max(keys - topk, 0)
     item = site.k.root.meta["val"].itemsize
     return b * kv_heads * left * widths * item, 2 * b * heads * s * left * widths
+
+
+def _borrowed(site: AttentionSite, index: Index) -> tuple[int, int]:
+    """Returns (bytes, flops) of scoring the keys that a trained index borrows from a layer."""
+    b, heads, s, width = sizes_of(site.q)
+    kv_heads, keys = sizes_of(site.k)[1:3]
+    item = site.k.root.meta["val"].itemsize
+    used = index.kv_heads * heads // kv_heads
+    return b * index.kv_heads * keys * width * item, 2 * b * used * s * keys * width
 
 
 def _rows(operand: Operand) -> int:

@@ -27,6 +27,7 @@ __all__ = ["Wanted", "distill", "train"]
 
 # One of so many sequences only judges, and no more than so many.
 HELD_OUT, MOST_HELD_OUT = 4, 16
+MOST_SEED = 2**31
 # Sequences whose attention says where groups begin.
 LOOKED_AT = 8
 
@@ -58,7 +59,7 @@ class Wanted:
             ("steps", is_count(self.steps, 1), "a number from 1"),
             ("score", self.score in FORMS, " or ".join(map(repr, FORMS))),
             ("kv_heads", self.kv_heads is None or is_count(self.kv_heads, 1), "a number from 1, or None"),
-            ("seed", is_count(self.seed, 0), "a number from 0"),
+            ("seed", is_count(self.seed, 0, MOST_SEED), f"0 to {MOST_SEED}"),
         )
         for name, ok, accepted in checks:
             if not ok:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.routing import Layer, Pool, Request, Sharing
 from clsa_compile.ir.scores import parse_score
+from clsa_compile.ir.sites import AttentionSite
 from clsa_compile.passes.borrow import Constants, index_operands, product
 from clsa_compile.passes.emit import Emitter
 from clsa_compile.passes.group import index_owners
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
-from clsa_compile.passes.route import layer, shareable
+from clsa_compile.passes.route import layer, routed, shareable
 from clsa_compile.passes.tidy import drop_dead
 
 __all__ = ["Change", "Forward", "Graph", "Probe", "Tap"]
@@ -154,6 +155,7 @@ class Forward:
         captured = capture(self._source)
         decision = decide(captured)
         sites = {site.ordinal: site for site in decision.sites.attention}
+        self._refuse_unmade(decision.sites.attention, pools, tensors)
         constants = Constants(captured, tensors)
         wanted: list[Node] = []
         for pool in pools:
@@ -172,6 +174,18 @@ class Forward:
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], set())
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
         return Probe(captured.module, self._inputs, self._slot, layers, constants.attributes)
+
+    def _refuse_unmade(
+        self, sites: Sequence[AttentionSite], pools: Sequence[Pool], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Guards training against groups that compiling would leave dense. Raises OptionError."""
+        asked = tuple(
+            replace(p, anchor=self.ordinals[p.anchor], members=tuple(self.ordinals[m] for m in p.members))
+            for p in pools
+        )
+        _, kept = routed(sites, Request(lambda _: asked, prompts=True, tensors=tensors))
+        for ordinal, why in kept.items():
+            raise OptionError(f"layer {self.ordinals.index(ordinal)} cannot read an index: it {why}")
 
     def product(self, layer: int) -> tuple[Tensor, int]:
         """Returns the weight that makes a layer's queries, and the width of what they are made of.

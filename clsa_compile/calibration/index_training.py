@@ -104,7 +104,8 @@ def _loss(
         scores = scores.masked_fill(~allowed.reshape(-1, scores.shape[-1]), -math.inf)
     total = scores.logsumexp(-1)
     logs = scores - total[:, None]
-    readable = target > 0
+    # What is not a number must stay one: the trainer stops then.
+    readable = target != 0
     parts = torch.where(
         readable, target * (target.clamp(min=1e-30).log() - logs.masked_fill(~readable, 0.0)), 0.0
     )

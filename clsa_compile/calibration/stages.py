@@ -71,9 +71,12 @@ class Stages:
         """Keeps tensors in place of those before, whole or not at all. Raises OSError."""
         if self._folder is None:
             return
-        _, save_file, _ = _safetensors()
+        _, save_file, broken = _safetensors()
         content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_whole(self._path(name, key, "safetensors"), lambda partial: save_file(content, partial))
+        try:
+            write_whole(self._path(name, key, "safetensors"), lambda partial: save_file(content, partial))
+        except broken as error:  # a full disk among others
+            raise OSError(str(error)) from error
 
     def _path(self, name: str, key: Any, ending: str) -> Path:
         assert self._folder is not None

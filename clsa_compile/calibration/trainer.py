@@ -90,7 +90,7 @@ class Trainer:
             model=self._known.fingerprint,
             data=self._data,
             kind="distilled",
-            tensors={name: tensor.detach().cpu() for name, tensor in self._tensors.items()},
+            tensors={name: tensor.detach().cpu().clone() for name, tensor in self._tensors.items()},
         )
 
     def _made(self, starts: tuple[int, ...]) -> tuple[Pool, ...]:

@@ -184,8 +184,8 @@ def _plan_text(plan: SharingPlan) -> str:
     if not plan.tensors:
         return f"clsa_compile.SharingPlan.from_dict({plan.to_dict()!r})"
     shapes = {name: list(tensor.shape) for name, tensor in plan.tensors.items()}
-    tensors = f"{{name: torch.randn(shape) for name, shape in {shapes!r}.items()}}"
-    return f"clsa_compile.SharingPlan.from_dict({plan.to_dict()!r}, {tensors})"
+    tensors = f"{{name: 0.02 * torch.randn(shape) for name, shape in {shapes!r}.items()}}"
+    return f"clsa_compile.SharingPlan.from_dict({ {**plan.to_dict(), 'weights': ''}!r}, {tensors})"
 
 
 def _without_paths(names: tuple[str, ...], plan: Plan | None) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from clsa_compile.errors import ExpressionError, PlanError
 from clsa_compile.ir import tensors as files
 from clsa_compile.ir.files import write_text
 from clsa_compile.ir.routing import MOST_TOKENS, Index, Layer, Pool, role
-from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, text
+from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, refuse, text
 from clsa_compile.ir.scores import parse_score
 
 __all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
@@ -29,7 +30,8 @@ SCOPES = ("layer", "kv_head")
 KINDS = ("mass", "index", "distilled")
 # Weights that went through half precision still agree this well.
 _AGREE = 0.02
-_AGAIN = "search again (clsa search), or take a whole copy of the file"
+_AGAIN = "search again (clsa search), or distill (clsa distill), or take a whole copy of the file"
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class SharingPlan:
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.tensors and not self.weights:
+        if self.tensors:
             object.__setattr__(self, "weights", files.digest(self.tensors))
         for problem in _problems(self):
             raise PlanError(f"{problem}; {_AGAIN}")
@@ -107,6 +109,7 @@ class SharingPlan:
             raise PlanError(f"the plan {os.fspath(path)!r} cannot be read: {error}") from error
         try:
             data = json.loads(content)
+            _check_version(data)
             return cls.from_dict(data, _weights(path, data))
         except json.JSONDecodeError as error:
             raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
@@ -202,10 +205,12 @@ def _current(data: Any) -> Any:
 
 def _weights(path: str | os.PathLike[str], data: Any) -> dict[str, Tensor]:
     """Returns the weights that belong to a plan's data, none where it has none."""
-    identity = data.get("weights") if isinstance(data, dict) else None
-    return (
-        files.read(files.beside(path, identity), identity) if isinstance(identity, str) and identity else {}
-    )
+    identity = data.get("weights", "")
+    if identity == "":
+        return {}
+    if not isinstance(identity, str) or not _DIGEST.fullmatch(identity):
+        raise refuse(identity, "weights", "a sha256 in hexadecimal digits")
+    return files.read(files.beside(path, identity), identity)
 
 
 def _problems(plan: SharingPlan) -> list[str]:
@@ -234,6 +239,9 @@ def _problems(plan: SharingPlan) -> list[str]:
         if taken & set(pool.members):
             found.append(f"pools[{i}]: a layer attends to the tokens of one pool only")
         taken |= set(pool.members)
+    names = [pool.index.name for pool in plan.pools if pool.index is not None]
+    if len(set(names)) < len(names):
+        found.append("two of its indices have one name")
     return found
 
 
@@ -276,8 +284,8 @@ def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:
         return ["it needs an index, and nothing else"]
     index, layer = pool.index, plan.layers[pool.anchor]
     found = []
-    if pool.members[:1] != (pool.anchor,):
-        found.append(f"layer {pool.anchor} chooses, and must be its first member")
+    if pool.members != tuple(range(pool.anchor, pool.anchor + len(pool.members))):
+        found.append(f"layer {pool.anchor} chooses: its members must be that one and those right after it")
     if index.kv_heads < 1 or index.first_head + index.kv_heads > layer.kv_heads:
         found.append(f"its index reads key heads that layer {pool.anchor} has not")
     try:
@@ -290,6 +298,10 @@ def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:
         return [*found, f"the weights of the index {index.name!r} are missing"]
     if query.dim() != 2 or head.dim() != 2 or head.shape[0] != heads or bias.shape != (heads,):
         found.append(f"the weights of the index {index.name!r} have other shapes than {heads} heads need")
+    elif head.shape[1] not in query.shape:
+        found.append(f"the weights of the index {index.name!r} are for states of different widths")
+    if not all(bool(tensor.isfinite().all()) for tensor in (query, head, bias)):
+        found.append(f"the weights of the index {index.name!r} are not all numbers")
     return found
 
 

@@ -40,15 +40,22 @@ def beside(path: str | os.PathLike[str], identity: str) -> Path:
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors, whole or not at all. Raises OSError, and PlanError without safetensors."""
-    save_file = _safetensors().save_file
+    save_file, broken = _safetensors().torch.save_file, _safetensors().SafetensorError
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda partial: save_file(content, partial))
+    try:
+        write_whole(path, lambda partial: save_file(content, partial))
+    except broken as error:  # a full disk among others
+        raise OSError(str(error)) from error
+
+
+def read(path: Path, identity: str) -> dict[str, Tensor]:
+    """Returns the tensors of a file. Raises PlanError where it is missing, cut off, or not of that digest."""
+    return dict(_read(path, identity))
 
 
 @lru_cache(maxsize=2)  # each graph of a model asks for them
-def read(path: Path, identity: str) -> dict[str, Tensor]:
-    """Returns the tensors of a file. Raises PlanError where it is missing, cut off, or not of that digest."""
-    load_file = _safetensors().load_file
+def _read(path: Path, identity: str) -> dict[str, Tensor]:
+    load_file = _safetensors().torch.load_file
     try:
         found: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors has an error of its own for each way to be broken
@@ -73,7 +80,8 @@ def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.torch as module
+        import safetensors
+        import safetensors.torch
     except ImportError as error:
         raise PlanError("the weights of a plan need safetensors: pip install clsa[search]") from error
-    return module
+    return safetensors

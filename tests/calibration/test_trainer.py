@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from clsa_compile.calibration.index_training import Loss
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
 from clsa_compile.errors import DistillError, OptionError
+from clsa_compile.testing import tiny
 
 STARTS = (0, 3)
 TRAINING = Training(topk=8, steps=9, rows=16)
@@ -35,6 +38,20 @@ def test_the_loss_falls(model: Any, tokens: list[Tensor]) -> None:
     made = make(model, tokens, None, Training(topk=8, steps=40, rows=40, query_rate=3e-3, head_rate=1e-2))
     made.run()
     assert sum(made.losses[-8:]) < 0.8 * sum(made.losses[:8])
+
+
+def test_a_checkpoint_that_finds_no_room_is_an_oserror(tmp_path: Path) -> None:
+    """safetensors has an error of its own, which is none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            Stages(tmp_path).keep("name", 0, {"a": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("at", [1, 3, 8])
@@ -99,6 +116,14 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     again.run()
     assert len(calls) == 10 + 6, "steps 3 to 8: the first three were kept"
     assert again.plan().weights == whole.plan().weights
+
+
+def test_a_model_that_gives_no_numbers_is_noticed(tokens: list[Tensor]) -> None:
+    broken = tiny("llama", num_hidden_layers=5)
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(DistillError, match="the loss is nan in step 0"):
+        make(broken, tokens, None).run()
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(

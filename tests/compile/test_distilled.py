@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clsa_compile
 from clsa_compile.config import Options
-from clsa_compile.ir.routing import Pool
+from clsa_compile.ir.routing import Index, Layer, Pool
 from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
@@ -160,3 +160,33 @@ def test_a_whole_model_compiles(index_plan: Any) -> None:
         theirs = model(ids, use_cache=False).logits
     assert (ours - theirs)[:, :TOPK].abs().max() < TOLERANCE, "rows with few tokens read all of them"
     assert (ours - theirs)[:, TOPK:].abs().max() > TOLERANCE
+
+
+class Biased(nn.Module):
+    """One layer whose mask is added to scores, a number a distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        places = torch.arange(x.shape[1])
+        ahead = places > places[:, None]
+        bias = torch.where(ahead, -torch.inf, -0.3 * (places[:, None] - places).abs())
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def test_strict_minds_a_group_whose_index_cannot_be_made() -> None:
+    layer = Layer(0, 2, 2, "", 16, 16, 0.25, 0.0)
+    index = Index("0", MIXTURE, 0, 2)
+    shapes = ((96, 32), (2, 32), (2,))
+    tensors = {n: torch.zeros(s) for n, s in zip(index.tensor_names(), shapes, strict=True)}
+    pools = (Pool(0, TOPK, {}, (0,), index=index),)
+    plan = SharingPlan(TOPK, (layer,), pools, 0, 0, kind="distilled", tensors=tensors)
+    options = {"share": plan, "prefill": "sparse"}
+    report = clsa_compile.inspect(Biased(), torch.randn(1, 20, 32), options=options)
+    (site,) = report.sites
+    assert "is added to scores, which an index does not learn" in site.reason
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="its index cannot be made"):
+        torch.compile(Biased(), backend="clsa", options={**options, "strict": True})(torch.randn(1, 20, 32))

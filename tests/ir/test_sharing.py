@@ -270,7 +270,9 @@ def test_indices_that_contradict_themselves_are_errors() -> None:
     first, second = made.pools
     cases = (
         (replace(first, index=None), "it needs an index, and nothing else"),
-        (replace(first, members=(1,)), "layer 0 chooses, and must be its first member"),
+        (replace(first, members=(1,)), "layer 0 chooses: its members must be that one and those right after"),
+        (replace(first, members=(0, 3)), "layer 0 chooses: its members must be that one and those right"),
+        (replace(first, index=Index("1", LIGHTNING.text, 0, 2)), "two of its indices have one name"),
         (replace(first, index=Index("0", LIGHTNING.text, 2, 1)), "key heads that layer 0 has not"),
         (replace(first, index=Index("0", "dot", 1, 1)), "must start with one of"),
         (replace(first, index=Index("0", LIGHTNING.text, 0, 2)), "other shapes than 4 heads need"),
@@ -300,3 +302,23 @@ def test_indices_rank_for_any_number_of_tokens() -> None:
         made.at(5000)
     with pytest.raises(PlanError, match="this plan is for 64 tokens"):
         plan().at(32)
+
+
+def test_weights_that_are_no_numbers_or_do_not_fit_are_errors(tmp_path: Path) -> None:
+    made = distilled()
+    for name, tensor, message in (
+        ("0.bias", torch.tensor([1.0, torch.nan]), "are not all numbers"),
+        ("0.head", torch.ones(2, 32), "are for states of different widths"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            replace(made, tensors={**made.tensors, name: tensor})
+    changed = replace(made, tensors={name: 2 * tensor for name, tensor in made.tensors.items()})
+    assert changed.weights != made.weights, "a digest is always that of the weights"
+    made.save(tmp_path / "plan.json")
+    data = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**data, "weights": "../other"}))
+    with pytest.raises(PlanError, match="expected a sha256 in hexadecimal digits"):
+        SharingPlan.load(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(json.dumps({**data, "version": 3}))
+    with pytest.raises(PlanError, match="its version is 3"):
+        SharingPlan.load(tmp_path / "plan.json")

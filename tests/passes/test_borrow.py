@@ -85,9 +85,28 @@ def overwritten(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Te
     return sdpa(q, k, v) + x.sum()
 
 
+def rows_first(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """[S, B, E], as some models have it."""
+    q = F.linear(x.transpose(0, 1), w).view(S, B, H, D).permute(1, 2, 0, 3)
+    return sdpa(q, k, v)
+
+
+def rows_first_flat(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    q = torch.mm(x.transpose(0, 1).reshape(S * B, E), w.t()).view(S, B, H, D).permute(1, 2, 0, 3)
+    return sdpa(q, k, v)
+
+
+def sliced(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    q = F.linear(x, w)[:, -2:].view(B, 2, H, D).transpose(1, 2)
+    return sdpa(q, k, v)
+
+
 @pytest.mark.parametrize(
     ("attend", "reason"),
     [
+        (rows_first, "in another order than sequence by sequence"),
+        (rows_first_flat, "in another order than sequence by sequence"),
+        (sliced, "in another order than sequence by sequence"),
         (overwritten, "are written in place"),
         (two, "2 products with weights make the queries"),
         (none, "no product with a weight makes the queries"),

@@ -15,7 +15,7 @@ from clsa_compile.ir.masks import parse_predicate
 from clsa_compile.ir.routing import Index, Layer, Pool, Request
 from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.passes.pipeline import decide
-from clsa_compile.passes.route import PROMPT, is_window
+from clsa_compile.passes.route import PROMPT, UNMADE, is_window
 
 Trace = Callable[..., Captured]
 sdpa = F.scaled_dot_product_attention
@@ -136,5 +136,5 @@ def test_an_index_that_cannot_be_made_leaves_its_group_dense(trace: Trace) -> No
     plan = decide(trace(step, *qkv()), request=Request(learned, True)).plan
     assert plan.pools == ()
     assert plan.schedule == "FF"
-    reason = "stays dense: no product with a weight makes the queries of "
+    reason = f"{UNMADE} no product with a weight makes the queries of "
     assert all(site.reason.startswith(reason) for site in plan.sites)
