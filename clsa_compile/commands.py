@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -106,12 +106,7 @@ def run_search(arguments: argparse.Namespace) -> int:
     names = ("topk", "budget", "anchors", "scope", "keep_first", "keep_last", "seed")
     asked = Asked(**{name: getattr(arguments, name) for name in names})
     asked.options()  # what cannot be is said before a model is loaded
-    loaded = load(arguments.model, arguments.device, arguments.dtype)
-    sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)
-    found = find(loaded.model, sequences, asked, arguments.folder, not arguments.quiet)
-    found.plan.save(arguments.out)
-    _report(arguments, loaded, found.quality)
-    return 0
+    return _write_plan(arguments, find, asked)
 
 
 def run_distill(arguments: argparse.Namespace) -> int:
@@ -123,9 +118,14 @@ def run_distill(arguments: argparse.Namespace) -> int:
     groups = groups[0] if groups is not None and len(groups) == 1 else groups
     names = ("topk", "budget", "steps", "score", "kv_heads", "seed")
     wanted = Wanted(groups=groups, **{name: getattr(arguments, name) for name in names})
+    return _write_plan(arguments, train, wanted)
+
+
+def _write_plan(arguments: argparse.Namespace, make: Callable[..., Any], asked: Any) -> int:
+    """Makes what was asked for of a model and texts, writes the plan and reports its quality."""
     loaded = load(arguments.model, arguments.device, arguments.dtype)
     sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)
-    found = train(loaded.model, sequences, wanted, arguments.folder, not arguments.quiet)
+    found = make(loaded.model, sequences, asked, arguments.folder, not arguments.quiet)
     found.plan.save(arguments.out)
     _report(arguments, loaded, found.quality)
     return 0

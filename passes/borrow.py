@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -101,7 +101,7 @@ def index_operands(
     value = rows.meta["val"]
     weights = emit.call(aten.linear.default, rows, constant(head, value), constant(bias, value))
     if value.dim() == 2:
-        b, s = (_size(emit, q, axis) for axis in (0, 2))
+        b, s = (emit.size(q, axis) for axis in (0, 2))
         weights = emit.call(aten.view.default, weights, [b, s, index.kv_heads * group])
     return q, k, emit.call(aten.permute.default, weights, [0, 2, 1])
 
@@ -201,8 +201,3 @@ def _is_flat(made: Product) -> bool:
 
 def _heads(emit: Emitter, node: Node, first: int, count: int, of: int) -> Node:
     return node if count == of else emit.call(aten.slice.Tensor, node, 1, first, first + count)
-
-
-def _size(emit: Emitter, node: Node, axis: int) -> int | SymInt | Node:
-    size = node.meta["val"].shape[axis]
-    return size if isinstance(size, int) else emit.call(aten.sym_size.int, node, axis)

@@ -43,6 +43,11 @@ class Emitter:
         )
         return self.call(node.target, *args, **kwargs)
 
+    def size(self, node: Node, axis: int) -> int | Node:
+        """Returns a size of a node's value, as a node where it is not a number."""
+        size = node.meta["val"].shape[axis]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, axis)
+
     def current(self, node: Node) -> Node:
         """Returns what stands for a node now, where it has been replaced already."""
         return self._replaced.get(node, node)

@@ -274,15 +274,10 @@ class _Rewriter:
                 tensor,
                 inputs,
                 heads if reads_heads(mask) else 1,
-                _size(emit, k, 2),
+                emit.size(k, 2),
                 print_predicate(mask.predicate),
             )
         return tensor, self._bounds[key], inputs
-
-
-def _size(emit: Emitter, node: Node, axis: int) -> Any:
-    size = node.meta["val"].shape[axis]
-    return size if isinstance(size, int) else emit.call(aten.sym_size.int, node, axis)
 
 
 def _shape_key(node: Node) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import MOST_TOKENS, Request
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, followers
+from clsa_compile.policies.anchors import best, grown, pair_cost
 
 __all__ = ["Wanted", "distill", "train"]
 
@@ -168,8 +168,7 @@ class _Finder:
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns one group more: begun where layers then lose least."""
-        free = [layer for layer in range(self.layers) if layer not in anchors]
-        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._total)
+        return grown(anchors, self.layers, self._total)
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns them as they are: to try others means to train again."""
@@ -197,8 +196,7 @@ class _Finder:
         return self._costs
 
     def _total(self, anchors: tuple[int, ...]) -> float:
-        groups = followers(anchors, self.layers).items()
-        return sum(self._pairs()[anchor][member] for anchor, members in groups for member in members)
+        return pair_cost(self._pairs(), anchors)
 
 
 def _are_starts(groups: tuple[int, ...]) -> bool:

@@ -20,7 +20,7 @@ from clsa_compile.config import Options
 from clsa_compile.ir.routing import Pool
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, flipped, followers, moves, uniform
+from clsa_compile.policies.anchors import best, flipped, followers, grown, moves, pair_cost, uniform
 
 __all__ = ["IndexFinder"]
 
@@ -78,8 +78,7 @@ class IndexFinder:
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors with one more: the layer with which the others then keep most."""
-        free = [layer for layer in range(self.layers) if layer not in anchors]
-        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._total)
+        return grown(anchors, self.layers, self._total)
 
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of some anchors, and its quality on what was held out."""
@@ -104,8 +103,7 @@ class IndexFinder:
         ]
 
     def _total(self, anchors: tuple[int, ...]) -> float:
-        groups = followers(anchors, self.layers).items()
-        return sum(self._costs[anchor][member] for anchor, members in groups for member in members)
+        return pair_cost(self._costs, anchors)
 
     def _plan(self, anchors: tuple[int, ...], quality: dict[str, float] | None = None) -> SharingPlan:
         chosen = {a: self._choosers[a] for a in anchors}

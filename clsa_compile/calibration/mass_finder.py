@@ -20,7 +20,7 @@ from clsa_compile.config import Options
 from clsa_compile.ir.routing import Pool, Request
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, flipped, followers, improved, moves, uniform
+from clsa_compile.policies.anchors import best, flipped, followers, grown, improved, moves, uniform
 
 __all__ = ["POWER", "MassFinder"]
 
@@ -101,8 +101,7 @@ class MassFinder:
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors with one more: the layer whose followers, and itself, then lose least."""
-        free = [layer for layer in range(self.layers) if layer not in anchors]
-        return min((tuple(sorted((*anchors, layer))) for layer in free), key=self._costs.total)
+        return grown(anchors, self.layers, self._costs.total)
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors after flips that cost next to nothing more by the mass, and less by the loss."""

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["best", "flipped", "followers", "improved", "moves", "uniform"]
+__all__ = ["best", "flipped", "followers", "grown", "improved", "moves", "pair_cost", "uniform"]
 
 Anchors = tuple[int, ...]
 
@@ -58,6 +58,18 @@ def _traced(lasts: Sequence[Sequence[int]], layers: int) -> tuple[int, ...]:
         anchors.append(last[end])
         end = last[end]
     return tuple(reversed(anchors))
+
+
+def pair_cost(cost: Sequence[Sequence[float]], anchors: Sequence[int]) -> float:
+    """Returns what all followers of anchors cost, each by its pair, as in `best`."""
+    groups = followers(anchors, len(cost)).items()
+    return sum(cost[anchor][member] for anchor, members in groups for member in members)
+
+
+def grown(anchors: Sequence[int], layers: int, cost: Callable[[Anchors], float]) -> Anchors:
+    """Returns anchors with one more: the layer with which all of it costs least."""
+    free = [layer for layer in range(layers) if layer not in anchors]
+    return min((tuple(sorted((*anchors, layer))) for layer in free), key=cost)
 
 
 def moves(anchors: Sequence[int], layers: int) -> list[Anchors]:

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clsa_compile.policies.anchors import best, flipped, followers, improved, moves, uniform
+from clsa_compile.policies.anchors import (
+    best,
+    flipped,
+    followers,
+    grown,
+    improved,
+    moves,
+    pair_cost,
+    uniform,
+)
 
 
 def total(cost: list[list[float]], anchors: tuple[int, ...]) -> float:
@@ -108,3 +117,10 @@ def test_uniform_anchors_are_spread_evenly(layers: int, count: int, expected: tu
 def test_followers_end_at_the_next_anchor() -> None:
     assert followers((0, 1, 4), 6) == {1: (2, 3), 4: (5,)}
     assert followers((0,), 3) == {0: (1, 2)}
+
+
+def test_one_anchor_more_is_the_cheapest() -> None:
+    cost = [[0.0, 1.0, 5.0, 4.0], [9.0, 0.0, 2.0, 2.0], [9.0, 9.0, 0.0, 1.0], [9.0, 9.0, 9.0, 0.0]]
+    assert pair_cost(cost, (0,)) == 10.0
+    assert pair_cost(cost, (0, 2)) == 2.0
+    assert grown((0,), 4, lambda anchors: pair_cost(cost, anchors)) == (0, 2)
