@@ -14,6 +14,7 @@ plus one rounding of the largest logit.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -386,8 +387,7 @@ def make_settings(arguments: argparse.Namespace, case: Case) -> list[Setting]:
     if changed:
         settings.append(Setting(arguments.backend, changed, exact=False))
     if arguments.groups and not case.has_indexer:
-        heads = arguments.key_heads
-        for groups in arguments.groups:
+        for groups, heads in itertools.product(arguments.groups, arguments.key_heads or [None]):
             plan = index_plan(case.config, groups, arguments.topk or 2048, heads)
             settings.append(Setting(arguments.backend, {"share": plan}, False, groups, heads))
     return settings
@@ -406,7 +406,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--share", type=int, help="also measure one index for every n layers")
     parser.add_argument("--topk", type=int, help="also measure llama made sparse")
     parser.add_argument("--groups", type=int, nargs="+", help="also llama with so many random indices")
-    parser.add_argument("--key-heads", type=int, help="key heads that such an index reads (default: all)")
+    parser.add_argument(
+        "--key-heads", type=int, nargs="+", help="key heads that such an index reads (default: all)"
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--bandwidth", type=float, help="TB/s for the floor; measured by default")
     parser.add_argument("--tiny", action="store_true", help="small widths, to try the script out")

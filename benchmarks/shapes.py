@@ -199,7 +199,7 @@ def index_plan(config: PreTrainedConfig, groups: int, topk: int, key_heads: int 
     starts = [i * layers // groups for i in range(groups)]
     pools, tensors = [], {}
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], layers], strict=True)):
-        index = {"name": str(number), "score": "sum: weight*Max(0, dot)", "first_head": 0, "kv_heads": count}
+        index = {"name": str(number), "score": "sum: exp(dot + weight)", "first_head": 0, "kv_heads": count}
         members = list(range(start, end))
         pools.append({"anchor": start, "members": members, "sources": {}, "rows": {}, "index": index})
         used = count * heads // kv_heads
