@@ -21,6 +21,7 @@ from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.ir.sharing import SharingPlan
 
 if TYPE_CHECKING:
+    from clsa_compile.calibration.applying import apply
     from clsa_compile.calibration.distilling import distill
     from clsa_compile.calibration.judging import evaluate
     from clsa_compile.calibration.quality import Quality
@@ -47,6 +48,7 @@ __all__ = [
     "SitePlan",
     "StrictError",
     "TaskReport",
+    "apply",
     "check",
     "distill",
     "evaluate",
@@ -60,6 +62,7 @@ _LAZY = {
     "Check": "checking",
     "Quality": "calibration.quality",
     "TaskReport": "calibration.task_report",
+    "apply": "calibration.applying",
     "check": "checking",
     "distill": "calibration.distilling",
     "evaluate": "calibration.judging",

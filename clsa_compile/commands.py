@@ -55,10 +55,12 @@ def add_search(commands: Any) -> None:
 
 def add_distill(commands: Any) -> None:
     """Adds `clsa distill`."""
-    parser = commands.add_parser("distill", help="train a small index for groups of a dense model's layers")
+    parser = commands.add_parser(
+        "distill", help="train a small index for groups of a dense model's layers, or a model's own indexers"
+    )
     _add_model(parser)
     _add_text(parser)
-    parser.add_argument("--topk", type=int, required=True, help="tokens that layers attend to, 1 to 4096")
+    parser.add_argument("--topk", type=int, help="tokens that layers of a dense model attend to, 1 to 4096")
     parser.add_argument(
         "--groups", type=int, nargs="+", help="how many indices, or the layers their groups begin at: 0 8 15"
     )

@@ -185,6 +185,11 @@ def _take_plan(given: dict[str, Any]) -> None:
     for key in _PLANNED:
         if key in given:
             raise OptionError(f"the option {key!r} comes from the plan in 'share'; leave it out")
+    if share.kind == "own":
+        raise OptionError(
+            "the plan in 'share' holds weights of the model's own indexers: clsa_compile.apply(model, plan) "
+            "puts them into the model, which then compiles without it"
+        )
     if share.kind == "index":
         if given.get("topk") is not None:
             raise OptionError(

@@ -227,18 +227,24 @@ def indexed(call: Operands, weight: Tensor | None, lse: Tensor | None, score: Sc
     b, _, s, _ = call.q.shape
     chosen = torch.zeros((b, 1, s, call.k.shape[2]), dtype=torch.bool, device=call.q.device)
     for rows, end in call.blocks():
-        weights, sums = (None if x is None else x[:, :, rows] for x in (weight, lse))
-        q, k = call.q[:, :, rows], call.k[:, :, :end]
-        scores = index_scores_reference(q, k, weights, sums, None, [], call.scale, score, "", False)
-        if call.mask is not None and call.mask.dtype != torch.bool:
-            bias = _rows_of(call.mask, rows, end)
-            # What a caller writes instead of -inf means the same: never selected.
-            scores = (scores + bias).masked_fill(bias <= torch.finfo(bias.dtype).min, -math.inf)
-        allowed = call.allowed(rows, end)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -math.inf)
+        scores = index_scores(call, weight, lse, score, rows, end)
         chosen[:, :, rows, :end] = best(scores, topk, 0, 0)
     return chosen
+
+
+def index_scores(
+    call: Operands, weight: Tensor | None, lse: Tensor | None, score: Score, rows: Tensor, end: int
+) -> Tensor:
+    """Returns the scores fp32 [B, 1, n, end] of an index in some rows [n]; -inf where none may be read."""
+    weights, sums = (None if x is None else x[:, :, rows] for x in (weight, lse))
+    q, k = call.q[:, :, rows], call.k[:, :, :end]
+    scores = index_scores_reference(q, k, weights, sums, None, [], call.scale, score, "", False)
+    if call.mask is not None and call.mask.dtype != torch.bool:
+        bias = _rows_of(call.mask, rows, end)
+        # What a caller writes instead of -inf means the same: never selected.
+        scores = (scores + bias).masked_fill(bias <= torch.finfo(bias.dtype).min, -math.inf)
+    allowed = call.allowed(rows, end)
+    return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
 
 
 def sparse(call: Operands, chosen: Tensor) -> Tensor:

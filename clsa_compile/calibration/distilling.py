@@ -1,4 +1,4 @@
-"""Distilling: trains one small index for each group of a dense model's layers; its own weights stay."""
+"""Distilling: trains one small index for each group of a dense model's layers, or the indexers it has."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.finding import Found, found
 from clsa_compile.calibration.given import Model, sequences
 from clsa_compile.calibration.index_training import FORMS
 from clsa_compile.calibration.judging import Judge
+from clsa_compile.calibration.own import Own
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
@@ -36,7 +38,7 @@ LOOKED_AT = 8
 class Wanted:
     """What `distill` was asked for. Raises OptionError for what cannot be."""
 
-    topk: int
+    topk: int | None = None
     groups: int | tuple[int, ...] | None = None
     budget: float | None = None
     steps: int = 2000
@@ -45,11 +47,9 @@ class Wanted:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.groups is None and self.budget is None:
-            raise OptionError("give 'groups', how many indices there are to be, or a 'budget', or both")
         several = isinstance(self.groups, tuple) and all(is_count(g, 0) for g in self.groups)
         checks = (
-            ("topk", is_count(self.topk, 1, MOST_TOKENS), f"1 to {MOST_TOKENS}"),
+            ("topk", self.topk is None or is_count(self.topk, 1, MOST_TOKENS), f"1 to {MOST_TOKENS}"),
             (
                 "groups",
                 self.groups is None or is_count(self.groups, 1) or several,
@@ -77,23 +77,35 @@ class Wanted:
 
     @property
     def training(self) -> Training:
-        """How to train."""
-        return Training(self.topk, self.steps, self.score, self.kv_heads, self.seed)
+        """How to train, for a dense model."""
+        return Training(self.topk or 0, self.steps, self.score, self.kv_heads, self.seed)
 
     def check(self, layers: int) -> None:
-        """Raises OptionError where a model has not enough layers."""
+        """Raises OptionError for what a dense model of so many layers cannot be asked."""
+        if self.groups is None and self.budget is None:
+            raise OptionError("give 'groups', how many indices there are to be, or a 'budget', or both")
         last = self.groups[-1] + 1 if isinstance(self.groups, tuple) else self.groups
         if last is not None and last > layers:
             raise OptionError(
                 f"groups={self.groups!r}, but {layers} layers can share, counted from 0; give fewer, or lower"
             )
 
+    def check_own(self) -> None:
+        """Raises OptionError for what indexers that a model has cannot be asked."""
+        plain = Wanted(self.topk, steps=self.steps, seed=self.seed)
+        for name in ("groups", "budget", "score", "kv_heads"):
+            if getattr(self, name) != getattr(plain, name):
+                raise OptionError(
+                    f"{name!r} is {getattr(self, name)!r}, but this model has indexers of its own, which are "
+                    "trained as they are; leave it out. clsa_compile.search finds which of them need to run"
+                )
+
 
 def distill(
     model: Any,
     batches: Any,
     *,
-    topk: int,
+    topk: int | None = None,
     groups: int | Sequence[int] | None = None,
     budget: float | None = None,
     steps: int = 2000,
@@ -104,6 +116,10 @@ def distill(
     progress: bool = True,
 ) -> SharingPlan:
     """Trains an index for each group of a dense model's layers, which then attend to `topk` tokens each.
+
+    A model that has indexers keeps their form, their caches and its own `topk`: they learn from the dense
+    attention of the layers that read them, and `clsa_compile.apply` puts what they learned into the model.
+    What follows is for dense models.
 
     The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
     all key heads of it or the best `kv_heads`, by queries of its own; it learns from the mean attention of
@@ -127,20 +143,33 @@ def train(
     progress: bool = True,
 ) -> Found:
     """Does what `distill` says, and returns what was measured too."""
-    given = sequences(batches, wanted.topk)
+    given = sequences(batches, wanted.topk or 0)
     if len(given) < 2:
         raise OptionError("this needs two sequences at least, one to learn from and one to judge by")
     known = Model(model, given[0], Stages(folder))
-    if known.topk:
-        raise OptionError(
-            f"this model selects {known.topk} tokens by itself, with indexers that it was trained with; "
-            "clsa_compile.search finds which of them need to run"
-        )
-    wanted.check(len(known.layers))
+    known.check_topk(wanted.topk, "its indexers are trained as they are")
     held = min(MOST_HELD_OUT, max(1, round(len(given) / HELD_OUT)))
     with Progress(progress) as shown:
+        if known.topk:
+            wanted.check_own()
+            return _own(known, given[:-held], given[-held:], wanted, shown)
+        wanted.check(len(known.layers))
         finder = _Finder(known, given[:-held], given[-held:], wanted, shown)
         return found(finder, wanted.count, wanted.budget)
+
+
+def _own(known: Model, fitted: list[Tensor], held: list[Tensor], wanted: Wanted, shown: Progress) -> Found:
+    """Trains the indexers that a model has, and judges them."""
+    known.long_enough([*fitted, *held])
+    training = replace(wanted.training, topk=known.topk)
+    student = Own(known, fitted, training)
+    Trainer(known, fitted, student, training).run(shown.stage("training indexers", wanted.steps))
+    plan = student.plan()
+    judge = Judge(known, held, Options(), weights=plan.tensors)
+    judge.dense(shown.stage("dense", len(held)))
+    done = shown.stage("judging indexers", len(held))
+    quality = judge.quality(*judge.measure(None, plan.digest(), done))
+    return Found(replace(plan, quality=quality.numbers()), quality)
 
 
 class _Finder:
@@ -176,9 +205,11 @@ class _Finder:
 
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of indices that were trained for these groups, and its quality."""
-        trainer = Trainer(self._known, self._fitted, anchors, self._wanted.training)
+        training = self._wanted.training
+        student = Borrowed(self._known, self._fitted, anchors, training)
+        trainer = Trainer(self._known, self._fitted, student, training)
         trainer.run(self._shown.stage(f"training {len(anchors)} indices", self._wanted.steps))
-        plan = trainer.plan()
+        plan = student.plan()
         self._judge.dense(self._shown.stage("dense", self._numbers))
         request = Request(planned.route(plan), prompts=True, tensors=plan.tensors)
         done = self._shown.stage(f"judging {len(anchors)} indices", self._numbers)

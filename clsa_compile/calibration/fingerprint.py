@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -17,16 +17,17 @@ __all__ = ["check", "data_hash", "of_model", "sequence_hash"]
 SAMPLED = 32
 
 
-def of_model(model: Any, attentions: int) -> Fingerprint:
-    """Returns a model's fingerprint; `attentions` are those of one forward."""
+def of_model(model: Any, attentions: int, without: Container[str] = ()) -> Fingerprint:
+    """Returns a model's fingerprint, with `attentions` of one forward; values `without` some weights'."""
     inner = getattr(model, "_orig_mod", model)
     parameters = sorted(inner.named_parameters()) if isinstance(inner, torch.nn.Module) else []
     digest = hashlib.sha256()
     for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)};".encode())
-    every = max(1, len(parameters) // SAMPLED)
+    values = [p.detach() for name, p in parameters if name not in without]
+    every = max(1, len(values) // SAMPLED)
     # The middle of a tensor: ends are often padding, or tokens that no text has.
-    sample = [p.detach().reshape(-1)[p.numel() // 2].item() for _, p in parameters[::every] if p.numel()]
+    sample = [p.reshape(-1)[p.numel() // 2].item() for p in values[::every] if p.numel()]
     rounded = tuple(float(f"{value:.4g}") for value in sample)
     return Fingerprint(type(inner).__name__, attentions, digest.hexdigest(), rounded)
 

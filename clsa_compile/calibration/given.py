@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import Pool, Request
-from clsa_compile.ir.sharing import SharingPlan
+from clsa_compile.ir.sharing import Fingerprint, SharingPlan
 
 __all__ = ["MARGIN", "Asked", "Model", "Planned", "asked", "sequences", "too_short"]
 
@@ -51,10 +51,15 @@ class Model:
 
     def check(self, asked: Asked) -> None:
         """Raises PlanError for another model's plan, and OptionError for what this one cannot be asked."""
-        plan = asked.options.share
-        if isinstance(plan, SharingPlan):
-            check(plan, self.fingerprint)
+        if asked.own is not None:
+            check(asked.own, self.without(asked.own.tensors))
+        if isinstance(asked.options.share, SharingPlan):
+            check(asked.options.share, self.fingerprint)
         self.check_topk(asked.topk or None, "'share' alone lets its layers share an index")
+
+    def without(self, weights: Container[str]) -> Fingerprint:
+        """Returns the fingerprint that does not look at the values of some weights."""
+        return of_model(self.model, self.fingerprint.layers, weights)
 
     def check_topk(self, topk: int | None, instead: str) -> None:
         """Raises OptionError where a number of tokens is given and the model has its own, or neither is."""
@@ -74,12 +79,13 @@ class Model:
         if (shortest := min(ids.shape[1] for ids in given)) < self.topk + MARGIN:
             raise too_short(shortest, self.topk)
 
-    def pools(self, change: Change) -> tuple[Pool, ...]:
+    def pools(self, change: Change | None) -> tuple[Pool, ...]:
         """Returns who attends to whose tokens after a change; weights only for dense layers."""
         if isinstance(change, Request):
             return change.route(self.layers)
         members: dict[int, list[int]] = {}
-        for i, anchor in enumerate(change(self.owners, self.layers).anchors):
+        anchors = self.owners if change is None else change(self.owners, self.layers).anchors
+        for i, anchor in enumerate(anchors):
             if anchor != i:
                 members.setdefault(anchor, []).append(i)
         return tuple(Pool(anchor, self.topk, {}, tuple(m)) for anchor, m in members.items())
@@ -87,10 +93,24 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What is to be measured: the options of the backend, and what they change, prompts too."""
+    """What is to be measured: the options of the backend, and what they change, prompts too.
+
+    change is None where only the weights of the model's own indexers are others, those of the plan `own`.
+    """
 
     options: Options
-    change: Change
+    change: Change | None
+    own: SharingPlan | None = None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor] | None:
+        """The weights of the model's own indexers, where they were trained."""
+        return None if self.own is None else self.own.tensors
+
+    @property
+    def identity(self) -> str:
+        """A text that differs whenever what is measured may differ."""
+        return self.options.identity() if self.own is None else self.own.digest()
 
     @property
     def topk(self) -> int:
@@ -103,6 +123,10 @@ def asked(plan: Planned) -> Asked:
 
     Raises OptionError for options that cannot be, and for those that leave the model as it is.
     """
+    if not isinstance(plan, Mapping | SharingPlan):
+        plan = SharingPlan.load(plan)
+    if isinstance(plan, SharingPlan) and plan.kind == "own":
+        return Asked(Options(), None, plan)
     options = Options.read(plan if isinstance(plan, Mapping) else {"share": plan})
     request, shared = requested(options), sharing(options)
     if request is not None:

@@ -18,7 +18,7 @@ from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.routing import Layer, Pool, Request, Sharing
-from clsa_compile.ir.scores import parse_score
+from clsa_compile.ir.scores import Score, parse_score
 from clsa_compile.ir.sites import AttentionSite
 from clsa_compile.passes.borrow import Constants, index_operands, product
 from clsa_compile.passes.emit import Emitter
@@ -28,13 +28,16 @@ from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.route import layer, routed, shareable
 from clsa_compile.passes.tidy import drop_dead
 
-__all__ = ["Change", "Forward", "Graph", "Probe", "Tap"]
+__all__ = ["Change", "Forward", "Graph", "IndexTap", "Probe", "Tap"]
 
 aten = torch.ops.aten
 
 # Sees an attention of a run: its layer (counted among those that may share), what it read, its output, and
 # the tokens it attended to where those were chosen. What it returns goes on in place of the output.
 Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
+
+# Sees an index of the model's own: its operands, of which k is its keys, its weight of heads, its score.
+IndexTap = Callable[[attend.Operands, Tensor | None, Score], None]
 
 # What is asked of dense layers, or of those with indexers.
 Change = Request | Sharing
@@ -63,24 +66,48 @@ class _Stop(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows."""
+    """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows.
+
+    weights: by input, the name of the model's weight that it is.
+    """
 
     module: GraphModule
     inputs: tuple[Any, ...]
     slot: int
     layers: tuple[int | None, ...]
     head: GraphModule | None
+    weights: Mapping[int, str]
 
-    def run(self, ids: Tensor, tap: Tap | None = None) -> tuple[Tensor, tuple[Any, ...]]:
+    def run(
+        self,
+        ids: Tensor,
+        tap: Tap | None = None,
+        index_tap: IndexTap | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """Returns the hidden states [1, T, E] of ids [1, T], and what the head reads besides.
 
-        `tap` sees the attentions of all layers that may share, as they run. Without gradients unless they
-        are enabled; weights get none.
+        `tap` sees the attentions of all layers that may share, as they run, and `index_tap` the model's own
+        indices; with it these select all that may be read. `tensors` are read in place of weights, by name.
+        Without gradients unless they are enabled; the model's own weights get none.
         """
         given = list(self.inputs)
         given[self.slot] = ids
-        hidden, *others = _Run(self.module, self.layers, tap).run(*given)
+        for at, name in self.weights.items():
+            if tensors is not None and name in tensors:
+                given[at] = tensors[name].to(given[at])
+        hidden, *others = _Run(self.module, self.layers, tap, index_tap=index_tap).run(*given)
         return hidden, tuple(others)
+
+    def index_weights(self) -> list[str]:
+        """Returns the names of the weights that only the model's own indices are made of."""
+        only: set[Node] = set()
+        for node in reversed(self.module.graph.nodes):
+            ends = contract_op(node.target) == "index_topk"
+            if ends or (node.op != "output" and node.users and all(u in only for u in node.users)):
+                only.add(node)
+        inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        return [name for at, name in self.weights.items() if inputs[at] in only]
 
     def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
         """Returns the logits [1, n, V] of hidden states [1, n, E]."""
@@ -122,7 +149,7 @@ class Forward:
     """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
-        self._source, self._inputs, self._slot = _traced(model, ids)
+        self._source, self._inputs, self._slot, self._weights = _traced(model, ids)
         paths = {} if not isinstance(model, torch.nn.Module) else dict(model.named_modules())
         captured = capture(self._source)
         self._attentions = decide(captured).sites.attention
@@ -148,7 +175,7 @@ class Forward:
         positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], members)
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
-        return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured))
+        return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured), self._weights)
 
     def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor]) -> Probe:
         """Returns the model's own forward with the indices of pools, which count layers that may share."""
@@ -219,8 +246,10 @@ class _Run(Interpreter):
         layers: Sequence[int | None],
         tap: Tap | None,
         tensors: Mapping[str, Tensor] | None = None,
+        index_tap: IndexTap | None = None,
     ) -> None:
         super().__init__(module)
+        self._index_tap = index_tap
         self._tensors = tensors or {}
         self._layers = iter(layers)
         self._tap = tap
@@ -258,7 +287,12 @@ class _Run(Interpreter):
     def _index_topk(self, q: Tensor, k: Tensor, weight: Any, lse: Any, *args: Any) -> Tensor:
         mask, _, inputs, topk, scale, score, predicate = args[:7]
         call = self._masks.operands((q, k, k, mask, None, inputs, None, scale, 0.0, predicate))
-        return attend.indexed(call, weight, lse, parse_score(score), topk)
+        read = parse_score(score)
+        if self._index_tap is not None:
+            self._index_tap(call, weight, read)
+            topk = k.shape[2]  # an index may say alone what is readable
+        with torch.no_grad():
+            return attend.indexed(call, weight, lse, read, topk)
 
     def _mask_bounds(self, *_: Any) -> None:
         return None  # a hint that rows do not need
@@ -268,8 +302,8 @@ class _Run(Interpreter):
         return out if number is None or self._tap is None else self._tap(number, call, out, chosen)
 
 
-def _traced(model: Any, ids: Tensor) -> tuple[GraphModule, tuple[Any, ...], int]:
-    """Returns Dynamo's graph of one forward, its inputs, and which of them are the ids."""
+def _traced(model: Any, ids: Tensor) -> tuple[GraphModule, tuple[Any, ...], int, dict[int, str]]:
+    """Returns Dynamo's graph of one forward, its inputs, which of them are the ids, and which are weights."""
     kept: dict[str, Any] = {}
 
     def keep(module: GraphModule, _: Any, **__: Any) -> Callable[..., Any]:
@@ -307,8 +341,11 @@ def _traced(model: Any, ids: Tensor) -> tuple[GraphModule, tuple[Any, ...], int]
     slots = [i for i, value in enumerate(kept["inputs"]) if value is ids]
     if not slots:
         raise OptionError("the model's forward does not read its first argument as ids")
+    named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    names = {id(weight): name for name, weight in named}
+    weights = {i: names[id(value)] for i, value in enumerate(kept["inputs"]) if id(value) in names}
     inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in kept["inputs"])
-    return kept["module"], inputs, slots[0]
+    return kept["module"], inputs, slots[0], weights
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -18,7 +18,7 @@ from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Probe
 from clsa_compile.ir.routing import Index, Pool
 
-__all__ = ["FORMS", "Loss", "best_heads", "initial", "losses"]
+__all__ = ["FORMS", "Loss", "best_heads", "divergence", "initial", "losses"]
 
 # Scores that an index can have, by name. A mixture of softmaxes is what mean attention is: the weight of a
 # head is then the logarithm of its part, less the logarithm of its sum.
@@ -102,15 +102,17 @@ def _loss(
     scores = (dot + weight).logsumexp(0) if mixture else (dot.relu() * weight).sum(0)
     if allowed is not None:
         scores = scores.masked_fill(~allowed.reshape(-1, scores.shape[-1]), -math.inf)
-    total = scores.logsumexp(-1)
-    logs = scores - total[:, None]
-    # What is not a number must stay one: the trainer stops then.
+    added = SPREAD * scores.logsumexp(-1).square().mean() if mixture else scores.new_zeros(())
+    return Loss(divergence(scores, target), added)
+
+
+def divergence(scores: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean over rows of KL(target || softmax(scores)), both [n, T]; scores may be -inf."""
+    logs = scores - scores.logsumexp(-1, keepdim=True)
+    # What is not a number must stay one: training stops then.
     readable = target != 0
-    parts = torch.where(
-        readable, target * (target.clamp(min=1e-30).log() - logs.masked_fill(~readable, 0.0)), 0.0
-    )
-    added = SPREAD * total.square().mean() if mixture else total.new_zeros(())
-    return Loss(parts.sum(-1).mean(), added)
+    parts = target * (target.clamp(min=1e-30).log() - logs.masked_fill(~readable, 0.0))
+    return torch.where(readable, parts, 0.0).sum(-1).mean()
 
 
 def best_heads(

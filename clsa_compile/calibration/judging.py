@@ -32,11 +32,21 @@ MASS_ROWS = 16
 
 
 class Judge:
-    """Measures plans on sequences [1, T]; the dense model runs once over each."""
+    """Measures plans on sequences [1, T]; the dense model runs once over each.
+
+    A model with indexers of its own is measured against itself; where `weights` are given for its indexers,
+    it is measured with these, against dense attention.
+    """
 
     def __init__(
-        self, model: Model, given: Sequence[Tensor], options: Options, skip: int | None = None
+        self,
+        model: Model,
+        given: Sequence[Tensor],
+        options: Options,
+        skip: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self._weights = weights
         model.long_enough(given)
         self._model = model
         self._ids = [ids.to(model.device) for ids in given]
@@ -49,13 +59,13 @@ class Judge:
     def dense(self, done: Callable[[], None] = lambda: None) -> None:
         """Runs the dense model over all sequences, where that has not been done."""
         for number in range(len(self._dense), len(self._ids)):
-            key = [self._model.key, self._key(number)]
+            key = [self._model.key, self._key(number), *(["attention"] if self._weights is not None else [])]
             self._dense.append(self._model.stages.tensors("dense", key, partial(self._dense_run, number)))
             done()
 
     @torch.no_grad()
     def measure(
-        self, change: Change, identity: str, done: Callable[[], None] = lambda: None
+        self, change: Change | None, identity: str, done: Callable[[], None] = lambda: None
     ) -> tuple[list[dict[str, Any]], tuple[Pool, ...]]:
         """Returns the figures of each sequence, and the pools; `identity` names the change in the folder."""
         self.dense()
@@ -122,13 +132,14 @@ class Judge:
             masses.append(torch.where((scores[0] > -torch.inf).any(0), mass, -torch.inf))
             return out
 
-        hidden, _ = self._model.forward(ids).graph().run(ids, tap)
+        index_tap = None if self._weights is None else _no_index
+        hidden, _ = self._model.forward(ids).graph().run(ids, tap, index_tap)
         return {
             "hidden": hidden[0, self._skips[number] : -1].cpu(),
             "masses": torch.stack(masses).half().cpu(),
         }
 
-    def _run(self, number: int, graphs: dict[int, Graph], change: Change) -> dict[str, Any]:
+    def _run(self, number: int, graphs: dict[int, Graph], change: Change | None) -> dict[str, Any]:
         """Returns one sequence's sums over the scored tokens, and the mass that each follower keeps."""
         ids, skip = self._ids[number], self._skips[number]
         length = ids.shape[1]
@@ -137,7 +148,8 @@ class Judge:
         graph = graphs[length]
         rows = self._rows(number)
         kept: dict[str, float] = {}
-        own = {m for pool in self._model.pools(change) for m in pool.members} if self._model.topk else None
+        against_itself = self._model.topk and self._weights is None
+        own = {m for pool in self._model.pools(change) for m in pool.members} if against_itself else None
 
         def tap(layer: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
             if chosen is None or (own is not None and layer not in own):
@@ -153,7 +165,7 @@ class Judge:
                 kept[str(layer)] = float((probabilities * picked).sum(-1).mean())
             return out
 
-        hidden, others = graph.run(ids, tap)
+        hidden, others = graph.run(ids, tap, tensors=self._weights)
         sums = {"dense": 0.0, "loss": 0.0, "kl": 0.0, "same": 0.0}
         worst = (-math.inf, 0)
         for start in range(skip, length - 1, HEAD_ROWS):
@@ -186,6 +198,10 @@ class Judge:
         return tuple(map(tuple, total.masked_fill(lower, math.nan).tolist()))
 
 
+def _no_index(*_: Any) -> None:
+    """Is shown indices whose selection is not asked for."""
+
+
 def evaluate(
     model: Any,
     plan: Planned,
@@ -198,10 +214,12 @@ def evaluate(
 ) -> Quality:
     """Measures what a plan costs a model on token ids, teacher-forced and with sparse prompts.
 
-    `plan` is a SharingPlan, its file, or options such as {"topk": 256, "share": 4}. `batches` are ids [B, T]
-    or [T], many of them or one. Tokens before position `skip` of a sequence are not scored; by default its
-    first half. With a `tokenizer` the worst token has a text. Results are kept in `folder` and found there
-    again. Nothing is compiled. Raises OptionError for what cannot be measured.
+    `plan` is a SharingPlan, its file, or options such as {"topk": 256, "share": 4}. A plan of weights
+    that `distill` trained for the model's own indexers is measured against dense attention, whether `apply`
+    put them into the model or not. `batches` are ids [B, T] or [T], many of them or one. Tokens before
+    position `skip` of a sequence are not scored; by default its first half. With a `tokenizer` the worst
+    token has a text. Results are kept in `folder` and found there again.
+    Nothing is compiled. Raises OptionError for what cannot be measured.
     """
     wanted = asked(plan)
     given = sequences(batches, wanted.topk)
@@ -210,11 +228,11 @@ def evaluate(
         raise OptionError(f"skip={skip!r} leaves nothing to score of {shortest} tokens")
     known = Model(model, given[0], Stages(folder))
     known.check(wanted)
-    judge = Judge(known, given, wanted.options, skip)
+    judge = Judge(known, given, wanted.options, skip, wanted.weights)
     with Progress(progress) as shown:
         judge.dense(shown.stage("dense", len(given)))
         done = shown.stage("shared", len(given))
-        figures, pools = judge.measure(wanted.change, wanted.options.identity(), done)
+        figures, pools = judge.measure(wanted.change, wanted.identity, done)
     quality = judge.quality(figures, pools)
     return quality if tokenizer is None else quality.with_text(tokenizer.decode([quality.worst_token.token]))
 

@@ -54,6 +54,11 @@ def evaluate_tasks(
     measured.
     """
     asks = asked(plan)
+    if asks.change is None:
+        raise OptionError(
+            "tasks say what sharing changes, and this plan holds weights of the model's own indexers: put "
+            "them into it with clsa_compile.apply(model, plan), and ask with 'share'"
+        )
     wanted = _Wanted(_several(tasks), _several(lengths), _several(depths), samples, seed)
     wanted.check(asks.topk, model)
     haystack = Haystack(tokenizer, filler)

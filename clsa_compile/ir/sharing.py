@@ -27,7 +27,7 @@ VERSION = 2
 # Version 1 knew no indices that were trained for a model.
 READABLE = (1, 2)
 SCOPES = ("layer", "kv_head")
-KINDS = ("mass", "index", "distilled")
+KINDS = ("mass", "index", "distilled", "own")
 # Weights that went through half precision still agree this well.
 _AGREE = 0.02
 _AGAIN = "search again (clsa search), or distill (clsa distill), or take a whole copy of the file"
@@ -75,7 +75,8 @@ class SharingPlan:
     kind: "mass" where layers that attend to all tokens choose, "index" where layers with indexers of their
     own do, whose pools are layers that read the anchor's index, and nothing else. "distilled" where indices
     do that `clsa_compile.distill` trained; no layer attends to all tokens then, and `tensors` are their
-    weights, which lie in a file beside the plan's. weights: the sha256 of them.
+    weights, which lie in a file beside the plan's. "own" where it trained the indexers that the model has:
+    `tensors` then take the place of weights of the model, by their names. weights: the sha256 of `tensors`.
 
     Raises PlanError where parts contradict each other.
     """
@@ -233,6 +234,8 @@ def _problems(plan: SharingPlan) -> list[str]:
         found.append("its layers are not counted from 0")
     if found:
         return found
+    if plan.kind == "own":
+        return _own_problems(plan)
     taken: set[int] = set()
     for i, pool in enumerate(plan.pools):
         found += [f"pools[{i}]: {problem}" for problem in _pool_problems(plan, pool)]
@@ -276,6 +279,17 @@ def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
         if len(chosen) != plan.layers[layer].kv_heads or not all(0 <= row < sets for row in chosen):
             found.append(f"rows of layer {layer} must name one of {sets} sets for each kv head")
     return found
+
+
+def _own_problems(plan: SharingPlan) -> list[str]:
+    """Returns what contradicts itself in a plan of the weights of a model's own indexers."""
+    if plan.pools:
+        return ["its layers read indexers of their own, so it has no pools"]
+    if not plan.tensors:
+        return ["the weights of its indexers are missing"]
+    if not all(bool(tensor.isfinite().all()) for tensor in plan.tensors.values()):
+        return ["the weights of its indexers are not all numbers"]
+    return []
 
 
 def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:

@@ -139,6 +139,50 @@ def test_what_cannot_be_asked_is_an_error(
 def test_too_little_text_and_models_with_indexers_are_errors(model: Any, tokens: list[Tensor]) -> None:
     with pytest.raises(OptionError, match="two sequences at least"):
         clsa_compile.distill(model, tokens[0][:1], topk=8, groups=2)
-    selecting = tiny("deepseek_v32")
-    with pytest.raises(OptionError, match="by itself, with indexers that it was trained with"):
-        clsa_compile.distill(selecting, tokens, topk=8, groups=2, progress=False)
+    with pytest.raises(OptionError, match="give 'topk', or longer sequences"):
+        clsa_compile.distill(model, tokens, groups=2)
+
+
+@pytest.fixture(scope="module")
+def own(tokens: list[Tensor]) -> Found:
+    return train(tiny("deepseek_v32"), tokens, Wanted(steps=3), progress=False)
+
+
+def test_a_model_with_indexers_keeps_their_form(own: Found, tokens: list[Tensor], tmp_path: Path) -> None:
+    assert own.plan.kind == "own"
+    assert own.plan.topk == 8
+    assert own.plan.quality == own.quality.numbers()
+    assert all(layer.recovered is not None for layer in own.quality.layers)
+    own.plan.save(tmp_path / "plan.json")
+    plan = clsa_compile.SharingPlan.load(tmp_path / "plan.json")
+    assert plan == own.plan
+    model = tiny("deepseek_v32")
+    before = clsa_compile.evaluate(model, plan, tokens)
+    clsa_compile.apply(model, plan)
+    after = clsa_compile.evaluate(model, plan, tokens)
+    assert after.to_dict() == before.to_dict(), "of dense attention, both times"
+    assert before.kl > 0
+
+
+def test_a_plan_of_weights_is_not_for_compiling(own: Found, tokens: list[Tensor]) -> None:
+    model = tiny("deepseek_v32")
+    with pytest.raises(OptionError, match=re.escape("clsa_compile.apply(model, plan) puts them")):
+        clsa_compile.inspect(model, tokens[0][:1], options={"share": own.plan})
+    with pytest.raises(OptionError, match="tasks say what sharing changes"):
+        clsa_compile.evaluate_tasks(model, own.plan, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk": 8}, "by itself, with indexers that it was trained with: leave 'topk' out"),
+        ({"groups": 2}, "'groups' is 2, but this model has indexers of its own"),
+        ({"kv_heads": 1}, "'kv_heads' is 1, but this model has indexers of its own"),
+        ({"score": "lightning"}, "'score' is 'lightning', but this model has indexers"),
+    ],
+)
+def test_what_own_indexers_cannot_be_asked(
+    changes: dict[str, Any], message: str, tokens: list[Tensor]
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        clsa_compile.distill(tiny("deepseek_v32"), tokens, progress=False, **changes)

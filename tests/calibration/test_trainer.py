@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from clsa_compile.calibration import stages, trainer
+from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.index_training import Loss
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
-from clsa_compile.errors import DistillError, OptionError
+from clsa_compile.errors import DistillError
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import tiny
 
 STARTS = (0, 3)
@@ -29,9 +31,22 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "EVERY", 3)
 
 
-def make(model: Any, tokens: list[Tensor], folder: Path | None, training: Training = TRAINING) -> Trainer:
+class Made(Trainer):
+    """A trainer with its student at hand."""
+
+    student: Borrowed
+
+    def plan(self) -> SharingPlan:
+        return self.student.plan()
+
+
+def make(model: Any, tokens: list[Tensor], folder: Path | None, training: Training = TRAINING) -> Made:
     given = [ids[None] for batch in tokens for ids in batch]
-    return Trainer(Model(model, given[0], Stages(folder)), given, STARTS, training)
+    known = Model(model, given[0], Stages(folder))
+    student = Borrowed(known, given, STARTS, training)
+    made = Made(known, given, student, training)
+    made.student = student
+    return made
 
 
 def test_the_loss_falls(model: Any, tokens: list[Tensor]) -> None:
@@ -96,7 +111,7 @@ def _alone(model: Any, tokens: list[Tensor], training: Training) -> list[float]:
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
     model: Any, tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = trainer.losses
+    real = Borrowed.losses
     calls = []
 
     def spoiled(*args: Any) -> Any:
@@ -106,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
             return found
         return [Loss(loss.divergence * torch.nan, loss.added) for loss in found]
 
-    monkeypatch.setattr(trainer, "losses", spoiled)
+    monkeypatch.setattr(Borrowed, "losses", spoiled)
     with pytest.raises(DistillError, match=re.escape("the loss is nan in step 4, and training stopped")):
         make(model, tokens, tmp_path).run()
     whole = make(model, tokens, None)
@@ -144,8 +159,3 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
     again = make(model, tokens, tmp_path)
     again.run()
     assert again.losses == _alone(model, tokens, TRAINING), kept
-
-
-def test_more_key_heads_than_there_are_is_an_error(model: Any, tokens: list[Tensor]) -> None:
-    with pytest.raises(OptionError, match="kv_heads=3, but layer 0 has 2"):
-        make(model, tokens, None, Training(topk=8, kv_heads=3))
