@@ -47,6 +47,11 @@ class Wanted:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.topk is not None and self.groups is None and self.budget is None:
+            raise OptionError(
+                "give 'groups', how many indices there are to be, or a 'budget', or both; a model with indexers "
+                "of its own needs none of them, and no 'topk'"
+            )
         several = isinstance(self.groups, tuple) and all(is_count(g, 0) for g in self.groups)
         checks = (
             ("topk", self.topk is None or is_count(self.topk, 1, MOST_TOKENS), f"1 to {MOST_TOKENS}"),
@@ -81,9 +86,7 @@ class Wanted:
         return Training(self.topk or 0, self.steps, self.score, self.kv_heads, self.seed)
 
     def check(self, layers: int) -> None:
-        """Raises OptionError for what a dense model of so many layers cannot be asked."""
-        if self.groups is None and self.budget is None:
-            raise OptionError("give 'groups', how many indices there are to be, or a 'budget', or both")
+        """Raises OptionError where a dense model has not enough layers."""
         last = self.groups[-1] + 1 if isinstance(self.groups, tuple) else self.groups
         if last is not None and last > layers:
             raise OptionError(

@@ -175,7 +175,7 @@ def test_a_plan_of_weights_is_not_for_compiling(own: Found, tokens: list[Tensor]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": 8}, "by itself, with indexers that it was trained with: leave 'topk' out"),
+        ({"topk": 8, "groups": 2}, "by itself, with indexers that it was trained with: leave 'topk' out"),
         ({"groups": 2}, "'groups' is 2, but this model has indexers of its own"),
         ({"kv_heads": 1}, "'kv_heads' is 1, but this model has indexers of its own"),
         ({"score": "lightning"}, "'score' is 'lightning', but this model has indexers"),
