@@ -14,8 +14,11 @@ from clsa_compile.calibration.finding import Found, found
 from clsa_compile.calibration.given import Model, sequences
 from clsa_compile.calibration.index_training import FORMS
 from clsa_compile.calibration.judging import Judge
+from clsa_compile.calibration.mass_finder import POWER
+from clsa_compile.calibration.mixture import Costs, Selection, Table
 from clsa_compile.calibration.own import Own
 from clsa_compile.calibration.progress import Progress
+from clsa_compile.calibration.records import recorded
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
 from clsa_compile.config import Options, is_budget, is_count
@@ -23,7 +26,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import MOST_TOKENS, Request
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
-from clsa_compile.policies.anchors import best, grown, pair_cost
+from clsa_compile.policies.anchors import best, grown, pair_cost, uniform
 
 __all__ = ["Wanted", "distill", "train"]
 
@@ -49,8 +52,8 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.topk is not None and self.groups is None and self.budget is None:
             raise OptionError(
-                "give 'groups', how many indices there are to be, or a 'budget', or both; a model with indexers "
-                "of its own needs none of them, and no 'topk'"
+                "give 'groups', how many indices there are to be, or a 'budget', or both; a model that has "
+                "indexers needs none of them, and no 'topk'"
             )
         several = isinstance(self.groups, tuple) and all(is_count(g, 0) for g in self.groups)
         checks = (
@@ -193,7 +196,10 @@ class _Finder:
         return len(self._known.layers)
 
     def anchors(self, count: int) -> tuple[int, ...]:
-        """Returns where so many groups begin, exactly the best by what their first layers look at."""
+        """Returns where so many groups begin, exactly the best by what their first layers look at.
+
+        An index knows what that layer knows, so what the layer itself would miss is the measure, by worth.
+        """
         if isinstance(self._wanted.groups, tuple) and count == len(self._wanted.groups):
             return self._wanted.groups
         return best(self._pairs())[count - 1]
@@ -221,12 +227,14 @@ class _Finder:
         return Found(replace(plan, quality=quality.numbers()), quality)
 
     def _pairs(self) -> list[list[float]]:
-        """Returns [L, L]: at [a, l] the mass that layer l loses with what layer a looks at most."""
+        """Returns [L, L]: at [a, l] the worth of what layer l does not see of what layer a looks at most."""
         if not self._costs:
             looked_at = self._fitted[:: max(1, len(self._fitted) // LOOKED_AT)][:LOOKED_AT]
-            judge = Judge(self._known, looked_at, self._options)
-            judge.dense(self._shown.stage("placing groups", len(looked_at)))
-            self._costs = [[1 - kept for kept in row] for row in judge.serves()]
+            done = self._shown.stage("placing groups", len(looked_at))
+            records = recorded(self._known, looked_at, POWER, self._wanted.seed, done)
+            assert self._wanted.topk is not None
+            table = Table(records, Selection(self._wanted.topk, 0, 0, POWER), self._known.device)
+            self._costs = Costs(table, uniform(self.layers, max(2, self.layers // 4))).pairs()
         return self._costs
 
     def _total(self, anchors: tuple[int, ...]) -> float:

@@ -6,16 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor
 
 from clsa_compile.calibration.finding import Found
-from clsa_compile.calibration.fingerprint import data_hash, sequence_hash
+from clsa_compile.calibration.fingerprint import data_hash
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.judging import Judge
 from clsa_compile.calibration.mixture import Costs, Selection, Table, fit
 from clsa_compile.calibration.progress import Progress
-from clsa_compile.calibration.records import Record, chosen_rows, record
+from clsa_compile.calibration.records import recorded
 from clsa_compile.config import Options
 from clsa_compile.ir.routing import Pool, Request
 from clsa_compile.ir.sharing import SharingPlan
@@ -24,10 +23,6 @@ from clsa_compile.policies.anchors import best, flipped, followers, grown, impro
 
 __all__ = ["POWER", "MassFinder"]
 
-# Rows of all sequences that are looked at, and elements of their records.
-ROWS = 144
-MOST_ELEMENTS = 400_000_000
-FEWEST_ROWS, MOST_ROWS = 4, 48
 # Flips that are tried: of those that the mass says cost at most so much more, the likeliest.
 FLIPS = 6
 NEAR = 1.2
@@ -54,7 +49,7 @@ class MassFinder:
         self._numbers = len(fitted), len(held)
         assert options.topk is not None
         self._selection = Selection(options.topk, options.keep_first, options.keep_last, POWER)
-        records = self._records(fitted)
+        records = recorded(model, fitted, POWER, seed, shown.stage("recording", len(fitted)))
         self._table = Table(records, self._selection, model.device)
         self._costs = Costs(self._table, uniform(self.layers, max(2, self.layers // 4)))
         self._key = [model.key, data_hash(fitted), len(records[0].readable), seed, asdict(self._selection)]
@@ -64,26 +59,6 @@ class MassFinder:
     def layers(self) -> int:
         """The layers that can choose."""
         return len(self._model.layers)
-
-    def _records(self, sequences: Sequence[Tensor]) -> list[Record]:
-        widths = sum(layer.heads + layer.kv_heads + 1 for layer in self._model.layers)
-        longest = max(ids.shape[1] for ids in sequences)
-        total = min(ROWS, MOST_ELEMENTS // (widths * longest))
-        count = max(FEWEST_ROWS, min(MOST_ROWS, total // len(sequences)))
-        done = self._shown.stage("recording", len(sequences))
-        found = []
-        for number, ids in enumerate(sequences):
-            seed = self._seed + number
-
-            def make(ids: Tensor = ids, seed: int = seed) -> dict[str, Tensor]:
-                rows = chosen_rows(ids.shape[1], count, torch.Generator().manual_seed(seed))
-                given = ids.to(self._model.device)
-                return record(self._model.forward(given).graph(), given, rows, POWER, seed).to_tensors()
-
-            key = [self._model.key, sequence_hash(ids), count, seed, POWER]
-            found.append(Record.from_tensors(self._model.stages.tensors("record", key, make)))
-            done()
-        return found
 
     def anchors(self, count: int) -> tuple[int, ...]:
         """Returns the best anchors of a number: exact for pairs, then moved for choosing together."""

@@ -7,7 +7,7 @@ there of a sampled-label loss (labels drawn from the model itself: g measures wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from clsa_compile.calibration.attend import Operands
+from clsa_compile.calibration.fingerprint import sequence_hash
+from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Graph
 
-__all__ = ["Record", "chosen_rows", "record"]
+__all__ = ["Record", "chosen_rows", "record", "recorded"]
 
 # Logits of so many rows are held at once.
 HEAD_ROWS = 256
+# Rows of all sequences that are looked at, and elements of their records.
+ROWS = 144
+MOST_ELEMENTS = 400_000_000
+FEWEST_ROWS, MOST_ROWS = 4, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,28 @@ def chosen_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
     rows = (start + (torch.arange(count) + jitter) * step).long().clamp(max=length - 1)
     rows[-1] = length - 1
     return rows.unique()
+
+
+def recorded(
+    model: Model, sequences: Sequence[Tensor], power: float, seed: int, done: Callable[[], None]
+) -> list[Record]:
+    """Returns a record of each sequence [1, T], or those that the model's folder has kept."""
+    widths = sum(layer.heads + layer.kv_heads + 1 for layer in model.layers)
+    longest = max(ids.shape[1] for ids in sequences)
+    total = min(ROWS, MOST_ELEMENTS // (widths * longest))
+    count = max(FEWEST_ROWS, min(MOST_ROWS, total // len(sequences)))
+    found = []
+    for drawn, ids in enumerate(sequences, seed):
+
+        def make(ids: Tensor = ids, drawn: int = drawn) -> dict[str, Tensor]:
+            rows = chosen_rows(ids.shape[1], count, torch.Generator().manual_seed(drawn))
+            given = ids.to(model.device)
+            return record(model.forward(given).graph(), given, rows, power, drawn).to_tensors()
+
+        key = [model.key, sequence_hash(ids), count, drawn, power]
+        found.append(Record.from_tensors(model.stages.tensors("record", key, make)))
+        done()
+    return found
 
 
 def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> Record:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import clsa_compile
-from clsa_compile.calibration import judging, mass_finder
+from clsa_compile.calibration import judging, mass_finder, records
 from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.searching import Asked, find
 from clsa_compile.errors import OptionError
@@ -60,7 +60,7 @@ def test_a_killed_search_goes_on_where_it_was(
 
         return run
 
-    for owner, name in ((mass_finder, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
+    for owner, name in ((records, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name))
     monkeypatch.setattr(mass_finder, "NEAR", 1.25)  # one flip is likely enough to be tried
     uninterrupted = find(model, tokens, asked, tmp_path / "whole", progress=False).plan
