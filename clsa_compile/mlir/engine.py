@@ -20,6 +20,8 @@ from clsa_compile.mlir.manifest import ProgramFiles
 
 __all__ = ["Engine"]
 
+# LLVM's time grows faster than a function does, and at 16000 operations its recursion ends the process.
+_LARGEST = 8000
 # As torch-mlir's reference backend does it, with buffers freed.
 _TO_LLVM = f"""builtin.module({
     ",".join(
@@ -34,6 +36,7 @@ _TO_LLVM = f"""builtin.module({
             " function-boundary-type-conversion=identity-layout-map}",
             "refback-mlprogram-bufferize",
             "buffer-deallocation-pipeline",
+            "convert-bufferization-to-memref",
             "func.func(tm-tensor-to-loops)",
             "func.func(refback-munge-memref-copy)",
             "func.func(convert-linalg-to-loops)",
@@ -60,7 +63,7 @@ class Engine:
     """One program, compiled. Called on tensors by name, it returns tensors by name."""
 
     def __init__(
-        self, program: ProgramFiles, module: Module, tensors: Mapping[str, Tensor], optimize: int = 2
+        self, program: ProgramFiles, module: Module, tensors: Mapping[str, Tensor], optimize: int = 0
     ) -> None:
         """Compiles a program; the module is used up. `tensors` are its weights, by name in the manifest.
 
@@ -69,6 +72,12 @@ class Engine:
         from torch_mlir import ir
         from torch_mlir.execution_engine import ExecutionEngine
 
+        operations = sum(module.dialects.values())
+        if operations > _LARGEST:
+            raise MlirError(
+                f"the program {program.name!r} has {operations} operations, and torch-mlir's engine compiles "
+                f"all of them as one function: {_LARGEST} at most. Compile the file with IREE, for example"
+            )
         self._program = program
         missing = [a.tensor for a in program.arguments if a.tensor and a.tensor not in tensors]
         if missing:
@@ -81,7 +90,10 @@ class Engine:
                 if operation.operation.name == "func.func":
                     operation.attributes["llvm.emit_c_interface"] = ir.UnitAttr.get()
         run(module.module, _TO_LLVM, f"the program {program.name!r} cannot be compiled")
-        self._engine = ExecutionEngine(module.module, opt_level=optimize)
+        try:
+            self._engine = ExecutionEngine(module.module, opt_level=optimize)
+        except RuntimeError as error:
+            raise MlirError(f"the program {program.name!r} cannot be compiled: {error}") from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs the program on its inputs by name; returns its results by name.

@@ -120,7 +120,7 @@ class Folder:
             raise MlirError(f"the weights of {os.fspath(self.path)!r} cannot be read: {error}") from error
         return loaded
 
-    def engine(self, program: str, tensors: Mapping[str, Tensor] | None = None, optimize: int = 2) -> Engine:
+    def engine(self, program: str, tensors: Mapping[str, Tensor] | None = None, optimize: int = 0) -> Engine:
         """Compiles a program's linalg for this CPU, over weights by name: those of the folder by default."""
         described = self._program(program)
         module = self.parsed(program, "linalg")

@@ -13,7 +13,7 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.fx import Graph, Node
-from torch.utils._sympy.value_ranges import bound_sympy
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from clsa_compile.errors import MlirError
 
@@ -88,7 +88,7 @@ def functional(name: str, program: ExportedProgram, table: Mapping[Any, Callable
         ) from error
     graph = decomposed.graph_module.graph
     if environment is not None:
-        _refuse_guesses(name, environment)
+        _refuse_guesses(name, environment, program.range_constraints)
     values = {node.name: node for node in graph.nodes}
     arguments = []
     for spec in decomposed.graph_signature.input_specs:
@@ -120,11 +120,14 @@ def _environment(graph: Graph) -> Any:
     return None
 
 
-def _refuse_guesses(name: str, environment: Any) -> None:
-    """Refuses a program of which a decomposition was chosen by its example sizes, and not for all sizes."""
+def _refuse_guesses(name: str, environment: Any, exported: Mapping[Any, Any]) -> None:
+    """Refuses a program of which a decomposition was chosen by its example sizes, and not for all sizes.
+
+    `exported` are the ranges of sizes that it was exported for: conditions narrow those that torch keeps.
+    """
     for guard in environment.guards[_KNOWN[environment] :]:
         condition = environment.simplify(guard.expr)
-        ranges = {symbol: environment.var_to_range[symbol] for symbol in condition.free_symbols}
+        ranges = {s: exported.get(s, ValueRanges.unknown_int()) for s in condition.free_symbols}
         if bound_sympy(condition, ranges).lower != sympy.true:
             raise MlirError(
                 f"the program {name!r} would hold only where {condition}, which is not so for all sizes that "
