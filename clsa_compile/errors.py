@@ -61,3 +61,17 @@ class StrippedError(ClsaError, RuntimeError):
 
 class ExpressionError(ClsaError, ValueError):
     """The text of a Score or of a predicate that cannot be read."""
+
+
+class MlirError(ClsaError, RuntimeError):
+    """A program that cannot be written as MLIR, or MLIR that is not what was written."""
+
+
+class MissingMlirError(MlirError):
+    """Writing MLIR needs torch-mlir, and it is not installed."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"MLIR needs torch-mlir ({why}): `pip install torch-mlir` (or `pip install clsa[mlir]`). Its "
+            "wheels are for Linux on x86-64 and a few versions of Python: where none fits, use Python 3.11"
+        )

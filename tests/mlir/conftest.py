@@ -1,0 +1,143 @@
+"""Programs as the pipeline rewrites them, and what tests that need torch-mlir do without it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from clsa_compile.backend import decided
+from clsa_compile.config import Options
+from clsa_compile.ir.captured import Captured
+from clsa_compile.passes.early import stop_early
+from clsa_compile.passes.rewrite import rewrite
+
+# Example sizes: unlike each other and every size of the models, so that each is seen to vary.
+BATCH, LENGTH = 5, 37
+
+
+def missing(why: str) -> Any:
+    """Skips; fails where torch-mlir is required."""
+    if os.environ.get("CLSA_MLIR") == "required":
+        pytest.fail(f"CLSA_MLIR is 'required', and {why}")
+    pytest.skip(why)
+
+
+@pytest.fixture(autouse=True)
+def _torch_mlir(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("mlir") is None:
+        return
+    try:
+        import torch_mlir.ir  # noqa: F401
+    except ImportError as error:
+        missing(f"there is no torch-mlir ({error}); pip install torch-mlir, with Python 3.11")
+
+
+@pytest.fixture
+def without() -> Callable[[str], Any]:
+    return missing
+
+
+class Step(nn.Module):
+    """A Hugging Face decoder over caches that are arguments, and that it writes; returns logits."""
+
+    def __init__(self, model: Any, cache: Any) -> None:
+        super().__init__()
+        self.model, self._cache = model, cache
+        self._names = [
+            (i, name)
+            for i, layer in enumerate(cache.layers)
+            for name, value in vars(layer).items()
+            if isinstance(value, Tensor)
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self._cache.layers[i], name) for i, name in self._names]
+
+    def forward(self, ids: Tensor, positions: Tensor, caches: list[Tensor]) -> Tensor:
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        for (i, name), value in zip(self._names, caches, strict=True):
+            setattr(cache.layers[i], name, value)
+        for layer in cache.layers:
+            layer.max_cache_len, layer.batch_size = layer.keys.shape[2], ids.shape[0]
+        return self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+
+def exported(
+    module: nn.Module, args: Any, options: dict[str, Any], ranges: dict[int, Any]
+) -> ExportedProgram:
+    """Exports a module and takes its graph through the passes of the backend, up to the rewrite.
+
+    `ranges` says which example sizes vary, as dimensions by size.
+    """
+    leaves, tree = torch.utils._pytree.tree_flatten(args)
+    shapes = [{i: ranges[n] for i, n in enumerate(x.shape) if n in ranges} for x in leaves]
+    with torch.no_grad():
+        program = torch.export.export(
+            module, args, strict=False, dynamic_shapes=torch.utils._pytree.tree_unflatten(shapes, tree)
+        )
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    mode = next(n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder")
+    captured = Captured(program.graph_module, mode, "export")
+    decision = decided(captured, Options.read(options))
+    rewrite(captured, decision.sites, decision.plan, decision.tensors)
+    stop_early(captured)
+    _lift(program)
+    program._validate()
+    return program
+
+
+def _lift(program: ExportedProgram) -> None:
+    """Makes inputs of the tensors that passes added to a program's module."""
+    graph, module = program.graph, program.graph_module
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = getattr(module, node.target)
+        with graph.inserting_before(next(iter(graph.nodes))):
+            made = graph.placeholder(f"c_{node.target}")
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), node.target, None)
+        program.graph_signature.input_specs.insert(0, spec)
+        program.constants[node.target] = value
+        del module._buffers[node.target]
+    module.recompile()
+
+
+@pytest.fixture
+def rewritten() -> Callable[..., ExportedProgram]:
+    return exported
+
+
+@pytest.fixture
+def varying() -> dict[int, Any]:
+    """Batch and cache length, by their example sizes."""
+    return {BATCH: Dim("B", min=1, max=64), LENGTH: Dim("T", min=9, max=4096)}
+
+
+@pytest.fixture
+def call() -> Callable[..., tuple[Step, Any]]:
+    """A decoder's step after a prompt, and its arguments."""
+
+    def make(model: Any, batch: int = BATCH, length: int = LENGTH, prompt: int = 6) -> tuple[Step, Any]:
+        from transformers import StaticCache
+
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(0, model.config.vocab_size, (batch, prompt + 1), generator=generator)
+        with torch.no_grad():
+            model(ids[:, :-1], past_key_values=cache)
+        step = Step(model, cache)
+        return step, (ids[:, -1:], torch.full((batch, 1), prompt), step.tensors())
+
+    return make
