@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from smollm2 import load
 from texts import Slice, calibration, evaluation, tokens, training, windows
 from torch import Tensor
 
 import clsa_compile
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from generate_smollm2 import cache_folder, convert
 
 GROUPS = (8, 6, 4, 2)
 ANCHORS = (15, 8, 4)
@@ -55,14 +53,7 @@ class Bench:
     """The model, its texts, and the folder of what is finished."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = arguments.model or cache_folder()
-        if not folder.is_dir():
-            convert(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model = model.to(arguments.device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self._tokenizer = load(arguments.model, arguments.device)
         self._arguments = arguments
         self.folder = arguments.out / "distilling"
         slices = evaluation(arguments.scripture)

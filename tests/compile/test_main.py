@@ -91,10 +91,13 @@ def test_a_page_has_both_graphs_and_comes_before_the_text(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_page_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clsa_compile.__main__.inspect_configuration", None)  # is not called
     path = folder / "config.json" / "report.html"
     err = refused(capsys, folder, *SMALL, "--graph", "decode", "--html", path)
-    assert f"no page can be written to '{path}'" in err
+    assert f"--html: nothing can be written to '{path}': [Errno 20] Not a directory" in err
 
 
 def test_eager_attention_can_be_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
