@@ -103,9 +103,10 @@ def check_files(arguments: argparse.Namespace) -> None:
     """Raises OptionError for a file that could not be written, before any work is done for it."""
     for name in ("out", "html", "heatmap"):
         path = getattr(arguments, name, None)
+        if path is None:
+            continue
         try:
-            if path is not None:
-                files.check(path)
+            files.check(path)
         except OSError as error:
             raise OptionError(f"--{name}: nothing can be written to {os.fspath(path)!r}: {error}") from error
 

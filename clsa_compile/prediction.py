@@ -57,7 +57,7 @@ Device = Any
 BEFORE_REACHED, SCORE_MOVES, SCORE_KERNELS = 0.7, 4, 3
 # torch.topk: microseconds for one row of 131072 scores, and for each further one.
 TOPK_ROW, TOPK_ROWS = 52.8 / 131072, 1.7 / 131072
-# An indexer as it is: the kernels beside its products (scores, top-k, scatter, mask), and the share of the flops
+# An indexer as it is: kernels beside its products (scores, top-k, scatter, mask), and the share of the flops
 # by the data sheet that its products reach.
 INDEX_KERNELS, INDEX_RATE = 6, 0.45
 

@@ -25,8 +25,8 @@ NO_KEYS = 1.0
 PRODUCT_REACHED, PRODUCT_RATE = 0.82, 0.7
 FLASH_RATE, MASKED_RATE, ROWS_RATE = 0.55, 0.25, 0.27
 SCAN_RATE = 0.5
-# Query rows of a program where keys are not split; and keys in the blocks of the kernel that skips blocks beyond
-# those that a row reads, at each end of them.
+# Query rows of a program where keys are not split; and keys that the kernel that skips blocks goes through
+# beyond those of a row, at each end of them.
 ROWS_BLOCK, ROWS_EDGE = 128, 96
 GATHER_REACHED = 0.9
 # Microseconds of a selection: two launches, then per key of its longest row and per key of all further rows.
