@@ -380,7 +380,10 @@ class _Step:
         from clsa_compile.kernels import estimate
 
         s = sizes_of(self.site.q)[2]
-        if variant_of("attention", self.site, self.entry, self.decision) == "rows":
+        chosen = variant_of("attention", self.site, self.entry, self.decision)
+        if not chosen:  # no Triton here to ask; what is predicted is a device that has it
+            chosen = "rows" if self._needs_mask() and self.site.mask.tensor is None else "sdpa"
+        if chosen == "rows":
             line, window = estimate.skipping(sizes, s, self.device), window_of(self.site)
             ends = int(_is_causal(self.site)) + (window is not None)
             seen = (self.keys if window is None else window) + ends * estimate.ROWS_EDGE

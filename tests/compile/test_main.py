@@ -121,9 +121,9 @@ def test_a_folder_without_a_configuration(tmp_path: Path, capsys: pytest.Capture
     [
         ("{", "it is not JSON"),
         ("[]", "it holds no object"),
-        ("{}", "has no model type None"),
+        ("{}", "it names no model_type"),
         ('{"model_type": "abacus"}', "this transformers has no model type 'abacus'"),
-        ('{"model_type": ["llama"]}', "has no model type ['llama']"),
+        ('{"model_type": ["llama"]}', "it names no model_type"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot make a model from"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot make a model from"),
         ('{"model_type": "clip"}', "cannot make a model from"),

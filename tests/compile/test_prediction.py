@@ -19,6 +19,7 @@ from clsa_compile.capture.dynamo import capture
 from clsa_compile.capture.launches import launch_of
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels
+from clsa_compile.errors import MissingTritonError
 from clsa_compile.passes.pipeline import carry_out
 from clsa_compile.prediction import Prediction, T, crossing, device_of, predict, rounded
 from clsa_compile.testing import tiny
@@ -196,6 +197,10 @@ def test_a_step_over_a_window_is_not_said_to_take_what_a_long_row_takes() -> Non
 PROMPT = 64
 
 
+def without_triton() -> Any:
+    raise MissingTritonError
+
+
 def prompt_of(name: str, slots: int, **changes: Any) -> Prediction:
     """Predicts a prompt of 64 tokens, in the last rows of a static cache."""
     model = tiny(name, max_position_embeddings=slots, **changes).to(torch.bfloat16)
@@ -213,6 +218,8 @@ def test_a_prompt_whose_mask_is_a_formula_takes_what_the_kernel_that_skips_block
     window = {"sliding_window": 32} if name == "mistral" else {}
     slots = PROMPT if name == "mistral" else 4096
     ours = prompt_of(name, slots, **window).layers[0][1]
+    monkeypatch.setattr("clsa_compile.layers.kernels", without_triton)
+    assert prompt_of(name, slots, **window).layers[0][1] == ours, "a device has Triton, wherever it is asked"
     asked: list[str] = []
 
     def other(op: str, *_: Any) -> str:
