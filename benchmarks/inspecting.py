@@ -34,14 +34,15 @@ from rich.console import Console
 from rich.table import Table
 from shapes import Case, build_model, filled_cache, llama_config, rewind
 
-from clsa_compile.watch import Watch
-
 CONFIGS = Path(__file__).resolve().parents[1] / "tests" / "configs"
 GIB = 2**30
 MOST_SECONDS, MOST_BYTES = 60.0, 8 * GIB
 LOOK_EVERY = 0.1  # seconds between two looks at a process's memory
 STEPS, FILLED = 50, 100
 SIDES = ("bare", "off", "on")
+# All that is told of a graph goes through these.
+WATCH = "clsa_compile.watch.Watch"
+HOOKS = ("stage", "decision", "choices", "stopped", "transformed", "left", "done")
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -91,18 +92,8 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
 
 
-class Bare(Watch):
-    """Is told of a graph and does nothing: what compiling would be without whoever looks."""
-
-    @classmethod
-    def open(cls, options: Any, inputs: Any) -> "Bare":
-        """Opens nothing."""
-        return cls(options, inputs)
-
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    stage = decision = choices = stopped = transformed = left = done = _nothing
+def nothing(*_: Any) -> None:
+    """Stands for a hook: is told of a graph and does nothing."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +119,11 @@ class Small:
     @torch.no_grad()
     def compile(self, side: str, folder: str) -> Compile:
         """Compiles and runs the model, bare, as it is delivered, or with a dump."""
-        torch._dynamo.reset()
+        torch.compiler.reset()
         rewind(self._cache, FILLED)
         hooks: AbstractContextManager[Any] = nullcontext()
         if side == "bare":
-            hooks = patch("clsa_compile.backend.Watch", Bare)
+            hooks = patch.multiple(WATCH, **dict.fromkeys(HOOKS, nothing))
         options = {"dump": folder} if side == "on" else {}
         forward = torch.compile(self._model, backend="clsa", dynamic=False, options=options)
         seconds = []
