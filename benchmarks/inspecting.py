@@ -196,10 +196,13 @@ def parse_arguments() -> argparse.Namespace:
     names = sorted(path.name for path in CONFIGS.iterdir())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=names, default=names, help="these configurations")
-    parser.add_argument("--pairs", type=int, default=20, help="compiles of each kind, 0 for none")
+    parser.add_argument("--pairs", type=int, default=20, help="compiles of each kind, 3 or more, or 0")
     parser.add_argument("--layers", type=int, default=4, help="of the model that is compiled")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if 0 < arguments.pairs < 3:
+        parser.error("fewer than 3 compiles say nothing of noise")
+    return arguments
 
 
 def main() -> int:
