@@ -25,15 +25,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from shapes import Case, filled_cache, rewind
+from smollm2 import load
 from texts import Slice, calibration, evaluation, tokens, training, windows
 from timing import forget_compiled
 from timing import measure as timed
 from torch import Tensor
 
 import clsa_compile
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from generate_smollm2 import cache_folder, convert
 
 GROUPS = (8, 6, 4, 2)
 ANCHORS = (15, 8, 4)
@@ -65,13 +63,10 @@ class Row:
 class Clock:
     """Times decode steps of the model with different plans, over a cache of random numbers."""
 
-    def __init__(self, folder: Path, case: Case, kept: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
+    def __init__(self, folder: Path | None, case: Case, kept: Path) -> None:
         self._kept, self._case, self._device = kept, case, torch.device("cuda")
         self._known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        self._model = model.to(self._device).eval()
+        self._model, _ = load(folder, "cuda", torch.bfloat16)
         self._cache = filled_cache(self._model, case)
         self._ids = torch.full((case.batch, 1), 7, device=self._device)
 
@@ -102,31 +97,24 @@ class Bench:
     """The model, its texts, and the folder of what is finished."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = arguments.model or cache_folder()
-        if not folder.is_dir():
-            convert(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model = model.to(arguments.device).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model, self._tokenizer = load(arguments.model, arguments.device)
         self._arguments = arguments
         self.folder = arguments.out / "distilling"
-        self._clock = self._made_clock(folder)
+        self._clock = self._made_clock()
         slices = evaluation(arguments.scripture)
         self._unseen = list(zip(slices, self._cut(slices), strict=True))
 
     def _cut(self, slices: list[Slice]) -> list[Tensor]:
         return tokens(slices, self._tokenizer, self._arguments.length)
 
-    def _made_clock(self, folder: Path) -> Clock | None:
+    def _made_clock(self) -> Clock | None:
         arguments = self._arguments
         if arguments.device != "cuda" or not arguments.batch:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         filled = arguments.cache - 64
         case = Case("SmolLM2", self.model.config, arguments.batch, arguments.cache, filled)
-        return Clock(folder, case, self.folder / "steps.json")
+        return Clock(arguments.model, case, self.folder / "steps.json")
 
     def learned_from(self) -> list[Tensor]:
         """Gives the windows that indices are trained on."""
@@ -158,7 +146,8 @@ class Bench:
 
 def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[Any, float]:
     """Trains the indices of so many groups, or takes what was trained before; also returns the seconds."""
-    path = bench.folder / f"{groups}-{arguments.steps}-{arguments.length}-{arguments.score}.json"
+    begins = "-".join(map(str, arguments.starts or (groups,)))
+    path = bench.folder / f"{begins}-of-{arguments.steps}-{arguments.length}-{arguments.score}.json"
     if path.is_file():
         return clsa_compile.SharingPlan.load(path), 0.0
     start = time.perf_counter()

@@ -24,13 +24,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from smollm2 import load
 from texts import Slice, calibration, evaluation, tokens
 from torch import Tensor
 
 import clsa_compile
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from generate_smollm2 import cache_folder, convert
 
 TOPK = (256, 128, 64, 512)
 ANCHORS = (15, 8, 4)
@@ -135,15 +133,9 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load(arguments: argparse.Namespace) -> Setting:
-    """Loads the model in float32 and cuts the texts."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = arguments.model or cache_folder()
-    if not folder.is_dir():
-        convert(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def set_up(arguments: argparse.Namespace) -> Setting:
+    """Loads the model and cuts the texts."""
+    model, tokenizer = load(arguments.model, arguments.device)
 
     def cut(slices: list[Slice]) -> list[tuple[Slice, Tensor]]:
         return list(zip(slices, tokens(slices, tokenizer, arguments.length), strict=True))
@@ -171,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs what was asked for; returns 0 when no searched plan is worse than its uniform schedule."""
     arguments = parse_arguments()
-    setting = load(arguments)
+    setting = set_up(arguments)
     rows: list[Row] = []
     begin = time.monotonic()
     for topk in arguments.topk:

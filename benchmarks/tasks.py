@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from smollm2 import load
 
 import clsa_compile
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from generate_smollm2 import cache_folder, convert
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -41,17 +39,6 @@ def markdown(report: Any) -> str:
             f"{cell.agreement:.0%} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Loads the model in float32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = arguments.model or cache_folder()
-    if not folder.is_dir():
-        convert(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,7 +62,7 @@ def main() -> int:
     arguments = parse_arguments()
     share = int(arguments.share) if arguments.share.isdigit() else arguments.share
     plan = arguments.plan or {"topk": arguments.topk, "share": share}
-    model, tokenizer = load(arguments)
+    model, tokenizer = load(arguments.model, arguments.device)
     begin = time.monotonic()
     settings = {name: getattr(arguments, name) for name in ("lengths", "depths", "samples", "seed")}
     folder = arguments.out / "tasks"

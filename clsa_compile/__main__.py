@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clsa_compile.commands import COMMANDS
+from clsa_compile.commands import COMMANDS, check_files
 from clsa_compile.configurations import GRAPHS, Inspected, inspect_configuration
 from clsa_compile.errors import ClsaError
 from clsa_compile.prediction import LENGTHS
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(commands)
     arguments = parser.parse_args(argv)
     try:
+        check_files(arguments)
         return int(arguments.run(arguments))
     except ClsaError as error:
         print(f"clsa: {error}", file=sys.stderr)

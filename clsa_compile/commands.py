@@ -18,9 +18,10 @@ from rich.console import Console
 from torch import Tensor
 
 from clsa_compile.errors import OptionError
+from clsa_compile.ir import files
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["COMMANDS", "Loaded", "load", "windows"]
+__all__ = ["COMMANDS", "Loaded", "check_files", "load", "windows"]
 
 # Tokens of a sequence, where the model takes as many.
 LENGTH = 2048
@@ -98,6 +99,18 @@ def add_tasks(commands: Any) -> None:
 
 
 COMMANDS = (add_search, add_distill, add_evaluate, add_tasks)
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Raises OptionError for a file that could not be written, before any work is done for it."""
+    for name in ("out", "html", "heatmap"):
+        path = getattr(arguments, name, None)
+        if path is None:
+            continue
+        try:
+            files.check(path)
+        except OSError as error:
+            raise OptionError(f"--{name}: nothing can be written to {os.fspath(path)!r}: {error}") from error
 
 
 def run_search(arguments: argparse.Namespace) -> int:

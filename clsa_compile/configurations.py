@@ -138,7 +138,9 @@ def _model(path: Path, attention: str) -> tuple[Any, Any]:
         raise OptionError("inspecting a configuration needs transformers: pip install clsa[hf]") from error
     data = _read(path / "config.json" if path.is_dir() else path)
     kind = data.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str):
+        raise OptionError(f"cannot make a model from {path}: it names no model_type")
+    if kind not in CONFIG_MAPPING:
         raise OptionError(
             f"cannot make a model from {path}: this transformers has no model type {kind!r}; "
             "upgrade it, or pass a model of your own to clsa_compile.inspect"

@@ -23,7 +23,7 @@ from clsa_compile.passes.indexing import step
 from clsa_compile.passes.pipeline import Decision, without
 from clsa_compile.passes.savings import sizes_of
 
-__all__ = ["Index", "Layer", "layers_of", "window_of"]
+__all__ = ["Index", "Layer", "layers_of", "variant_of", "window_of"]
 
 aten = torch.ops.aten
 _ROLLS = (aten.roll.default,)
@@ -246,10 +246,6 @@ def _numbers(numbers: list[int]) -> str:
 
 def _kernels(site: AttentionSite, entry: SitePlan, decision: Decision) -> tuple[str, ...]:
     """Returns the variants that a CUDA device would run; nothing where Triton is missing."""
-    try:
-        variants = without(kernels(), decision.skips)
-    except MissingTritonError:
-        return ()
     plan = decision.plan
     ops = ["sparse_attention" if entry.action == "sparse" else "attention"]
     if entry.action == "sparse" and any(g.runs_index and g.anchor == entry.ordinal for g in plan.groups):
@@ -258,8 +254,18 @@ def _kernels(site: AttentionSite, entry: SitePlan, decision: Decision) -> tuple[
         ops[-1] = "attention_mass"
     if any(entry.ordinal == pool.anchor and pool.index is None for pool in plan.pools):
         ops.append("select_topk")
-    chosen = [(op, select(variants, _facts(op, site, entry))[0]) for op in ops]
-    return tuple(f"{op}.{variant.name if variant else 'reference'}" for op, variant in chosen)
+    chosen = [(op, variant_of(op, site, entry, decision)) for op in ops]
+    return tuple(f"{op}.{name}" for op, name in chosen if name)
+
+
+def variant_of(op: str, site: AttentionSite, entry: SitePlan, decision: Decision) -> str:
+    """Returns the name of what a CUDA device would run for a contract op; "" where Triton is missing."""
+    try:
+        variants = without(kernels(), decision.skips)
+    except MissingTritonError:
+        return ""
+    variant = select(variants, _facts(op, site, entry))[0]
+    return variant.name if variant else "reference"
 
 
 def _facts(op: str, site: AttentionSite, entry: SitePlan) -> Facts:

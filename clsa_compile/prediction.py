@@ -5,6 +5,9 @@ What is counted, for B sequences and S query rows, over N = T keys (fewer where 
 - *attention*, dense: K and V once, q and the output. Before, a model that repeats K and V for the heads of a
   group (G > 1) reads them once, writes G copies and reads those; written out, its scores move four times in
   float32. Windows are not known to it: it goes through all slots, and masks.
+- *of a prompt*, by what a CUDA device runs (`layers.variant_of`): a formula goes to the kernel that skips
+  blocks, and takes the keys in the blocks that are left; a plain triangle goes to flash attention; with any
+  other mask torch goes through all keys, and the mask is written and read.
 - *sparse attention*: K of T rows for each query row and kv head, K = min(T, topk), and their indices.
 - *index*: keys once and fp32 scores; before, keys cast to float32 and the scores of each index head.
 - *selection*: scores once, indices; *mass*: the scores of an anchor's heads in fp16, written and read.
@@ -13,7 +16,7 @@ What is counted, for B sequences and S query rows, over N = T keys (fewer where 
 Microseconds are straight lines over N (`kernels/estimate.py`), which hold for bfloat16 on the chip that was
 measured and follow data sheets on others; products take their bytes or flops, whichever is more, and each
 launch its time. Before is torch's attention as it was measured on Inductor's graphs: 70% of the bandwidth.
-All tokens of a cache count as filled. Rows of a prompt see T - (S - 1) / 2 keys in the mean.
+All tokens of a cache count as filled. Rows of a prompt see T - (S - 1) / 2 keys in the mean, or a window.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ import torch
 from torch.fx import Node
 
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.masks import is_triangle, print_predicate
 from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.plan import SitePlan
 from clsa_compile.ir.routing import Index, Pool
 from clsa_compile.ir.sites import AttentionSite, IndexerSite
-from clsa_compile.layers import window_of
+from clsa_compile.layers import variant_of, window_of
 from clsa_compile.passes.borrow import Product, product
 from clsa_compile.passes.pipeline import Decision
 from clsa_compile.passes.reclaim import Dying, operands, replaced
@@ -48,13 +52,14 @@ LONGEST = 2**24
 # kernels/device.py's, which only what predicts needs: drivers import kernels where they call them.
 Device = Any
 
-# Of Inductor's graphs: the share of the bandwidth that copies and products of K and V reach, and flops of a
-# prompt's attention; how often scores in float32 move where attention is written out.
-BEFORE_REACHED, BEFORE_RATE, SCORE_MOVES = 0.7, 0.45, 4
+# Of Inductor's graphs: the share of the bandwidth that copies and products of K and V reach; how often scores
+# in float32 move where attention is written out, and the kernels that do so.
+BEFORE_REACHED, SCORE_MOVES, SCORE_KERNELS = 0.7, 4, 3
 # torch.topk: microseconds for one row of 131072 scores, and for each further one.
 TOPK_ROW, TOPK_ROWS = 52.8 / 131072, 1.7 / 131072
-# Kernels beside the products of an indexer as it is: scores, top-k, scatter, mask.
-INDEX_KERNELS = 6
+# An indexer as it is: kernels beside its products (scores, top-k, scatter, mask), and the share of the flops
+# by the data sheet that its products reach.
+INDEX_KERNELS, INDEX_RATE = 6, 0.45
 
 Expr = Any
 
@@ -252,45 +257,67 @@ class _Step:
         own = sizes_of(self.site.k)[2]
         return T if own == self.longest else sympy.Min(T, own)
 
-    def keys(self, slots: Expr) -> Expr:
-        """Keys that a row reads in the mean, where a kernel knows the mask's bounds."""
-        s = sizes_of(self.site.q)[2]
+    @property
+    def span(self) -> Expr:
+        """Keys that any row reads, where a kernel knows the mask's bounds."""
         window = window_of(self.site)
+        return self.slots if window is None else sympy.Min(self.slots, window + sizes_of(self.site.q)[2] - 1)
+
+    @property
+    def keys(self) -> Expr:
+        """Keys that a row reads in the mean, where a kernel knows the mask's bounds."""
+        window, s = window_of(self.site), sizes_of(self.site.q)[2]
         if window is not None:
-            slots = sympy.Min(slots, window + s - 1)
-        return slots - sympy.Rational(s - 1, 2) if _is_causal(self.site) else slots
+            return sympy.Min(self.slots, window)
+        return self.slots - sympy.Rational(s - 1, 2) if _is_causal(self.site) else self.slots
 
     def before(self) -> dict[str, Cost]:
         """Returns the cost of each kind of work as Inductor runs the model's own graph."""
+        from clsa_compile.kernels import estimate
+
         site, n = self.site, self.slots
         b, h, s, d = sizes_of(site.q)
         hkv, dv, item = sizes_of(site.k)[1], sizes_of(site.v)[3], _itemsize(site)
-        times = 1 + 2 * (h // hkv) if h > hkv and not _grouped(site) else 1
-        size = times * b * hkv * n * (d + dv) * item + b * h * s * (d + dv) * item
-        if site.family != "sdpa":
+        is_copied = h > hkv and not _grouped(site)
+        is_written, is_flash = site.family != "sdpa", _is_flash(site)
+        size = (1 + 2 * (h // hkv) if is_copied else 1) * b * hkv * n * (d + dv) * item
+        size += b * h * s * (d + dv) * item
+        if is_written:
             size += SCORE_MOVES * 4 * b * h * s * n
-        flops = 2 * b * h * s * n * (d + dv)
-        work = {"attention": self._eager(size, flops, item, 1)}
+        elif not is_flash and s > DECODE_ROWS:
+            size += 2 * item * b * s * n  # the mask; that of a step is next to nothing
+        seen = n - sympy.Rational(s - 1, 2) if is_flash and _is_causal(site) else n
+        sizes = _sizes(b, hkv, h // hkv * s, 0, d, dv, item)
+        if is_flash or is_written or s <= DECODE_ROWS:
+            slope = estimate.flash(sizes, self.device).slope
+        else:
+            slope = estimate.masked(sizes, s, self.device).slope
+        launches = (SCORE_KERNELS if is_written else 1) + is_copied
+        work = {"attention": self._eager(size, 2 * b * h * s * seen * (d + dv), slope * seen, launches)}
         if site.indexer is not None and self._owner() == site.ordinal:
             work["index"] = self._index_before(site.indexer)
         return work
 
     def _index_before(self, indexer: IndexerSite) -> Cost:
+        from clsa_compile.kernels.estimate import rate
+
         b, heads, s, width = sizes_of(indexer.q)
         item, n = indexer.k.root.meta["val"].itemsize, self.slots
         size = b * n * width * (item + 8) + 8 * b * s * heads * n + 16 * b * s * n
-        cost = self._eager(size, 2 * b * heads * s * n * width, 4, INDEX_KERNELS)
+        flops = 2 * b * heads * s * n * width
+        cost = self._eager(size, flops, 1e6 * flops / (INDEX_RATE * rate(4, self.device)), INDEX_KERNELS)
         choice = (TOPK_ROW + TOPK_ROWS * (b * s - 1)) * n * self._slower
         return cost + Cost(us=choice)
 
-    def _eager(self, size: Expr, flops: Expr, item: int, launches: int) -> Cost:
-        from clsa_compile.kernels.estimate import rate
+    def _eager(self, size: Expr, flops: Expr, computed: Expr, launches: int) -> Cost:
+        """Returns the cost of what moves `size` bytes, and whose arithmetic takes `computed` microseconds."""
+        from clsa_compile.kernels.estimate import NO_KEYS
 
         # Both grow with the keys alike, so which of them counts is the same for all lengths.
         read = 1e6 * size / (BEFORE_REACHED * self.device.bandwidth)
-        computed = 1e6 * flops / (BEFORE_RATE * rate(item, self.device))
         is_read = float(read.subs(T, LENGTHS[-1])) >= float(computed.subs(T, LENGTHS[-1]))
-        return Cost(size, flops, (read if is_read else computed) + launches * self.device.launch_us)
+        fixed = NO_KEYS + launches * self.device.launch_us
+        return Cost(size, flops, (read if is_read else computed) + fixed)
 
     @property
     def _slower(self) -> float:
@@ -339,24 +366,49 @@ class _Step:
         """Returns the cost of reading each key once."""
         from clsa_compile.kernels import estimate
 
-        site = self.site
-        n = self.keys(self.slots)
-        b, h, s, d = sizes_of(site.q)
-        hkv, dv, item = sizes_of(site.k)[1], sizes_of(site.v)[3], _itemsize(site)
-        is_step = s <= DECODE_ROWS
+        b, h, s, d = sizes_of(self.site.q)
+        hkv, dv, item = sizes_of(self.site.k)[1], sizes_of(self.site.v)[3], _itemsize(self.site)
         sizes = _sizes(b, hkv, h // hkv * s, 0, d, dv, item)
-        line = (
-            estimate.attention(sizes, self.device, stored)
-            if is_step
-            else estimate.prompt_attention(sizes, self.device)
-        )
-        # Each key of a prompt is read by some row, whatever the mean is.
-        read = n if is_step else self.slots
-        return Cost(
-            b * hkv * read * (d + dv) * item + b * h * s * (d + dv) * item,
-            2 * b * h * s * n * (d + dv),
-            line.fixed + line.slope * n,
-        )
+        if s > DECODE_ROWS:
+            return self._prompt(sizes)
+        n = self.span
+        line = estimate.attention(sizes, self.device, stored)
+        return self._dense(n, n, line.fixed + line.slope * n)
+
+    def _prompt(self, sizes: Any) -> Cost:
+        """Returns the cost of the dense attention of many rows, by the kernel that would run."""
+        from clsa_compile.kernels import estimate
+
+        s = sizes_of(self.site.q)[2]
+        chosen = variant_of("attention", self.site, self.entry, self.decision)
+        if not chosen:  # no Triton here to ask; what is predicted is a device that has it
+            chosen = "rows" if self._needs_mask() and self.site.mask.tensor is None else "sdpa"
+        if chosen == "rows":
+            line, window = estimate.skipping(sizes, s, self.device), window_of(self.site)
+            ends = int(_is_causal(self.site)) + (window is not None)
+            seen = (self.keys if window is None else window) + ends * estimate.ROWS_EDGE
+            return self._dense(self.span, self.keys, line.fixed + line.slope * sympy.Min(self.slots, seen))
+        if self._needs_mask():
+            line, n = estimate.masked(sizes, s, self.device), self.slots
+            mask = 2 * sizes.E * sizes.B * s * n
+            return self._dense(n, n, line.fixed + line.slope * n) + Cost(
+                bytes=mask, us=1e6 * mask / self.device.bandwidth
+            )
+        line = estimate.flash(sizes, self.device)
+        return self._dense(self.slots, self.keys, line.fixed + line.slope * self.keys)
+
+    def _needs_mask(self) -> bool:
+        """Tells whether torch's attention would be given a mask, which somebody has to write."""
+        s, t = sizes_of(self.site.q)[2], sizes_of(self.site.k)[2]
+        text = print_predicate(self.site.mask.predicate)
+        return self.site.mask.tensor is not None or (bool(text) and not is_triangle(text, s, t))
+
+    def _dense(self, read: Expr, seen: Expr, us: Expr) -> Cost:
+        """Returns a cost: K and V of `read` tokens are read once, and a row attends to `seen` of them."""
+        b, h, s, d = sizes_of(self.site.q)
+        hkv, dv, item = sizes_of(self.site.k)[1], sizes_of(self.site.v)[3], _itemsize(self.site)
+        size = b * hkv * read * (d + dv) * item + b * h * s * (d + dv) * item
+        return Cost(size, 2 * b * h * s * seen * (d + dv), us)
 
     def _sparse(self, topk: int) -> Cost:
         from clsa_compile.kernels import estimate
@@ -378,7 +430,7 @@ class _Step:
 
         b, heads, s, width = sizes_of(indexer.q)
         item = indexer.k.root.meta["val"].itemsize
-        n = sympy.Min(T, pool) if pool else self.keys(self.slots)
+        n = sympy.Min(T, pool) if pool else self.keys
         sizes = _sizes(b, 1, heads, 0, width, 0, item)
         if s <= DECODE_ROWS:
             line = estimate.scan(sizes, self.device)
@@ -396,11 +448,8 @@ class _Step:
         from clsa_compile.kernels import estimate
 
         b, h, s, d = sizes_of(self.site.q)
-        heads, item, n = (
-            index.kv_heads * (h // self.site.kv_heads),
-            _itemsize(self.site),
-            self.keys(self.slots),
-        )
+        heads, item = index.kv_heads * (h // self.site.kv_heads), _itemsize(self.site)
+        n = self.keys
         sizes = _sizes(b, index.kv_heads, heads // index.kv_heads * s, 0, d, 0, item)
         line = (estimate.scan if s <= DECODE_ROWS else estimate.prompt_scan)(sizes, self.device)
         made = product(self.site)
@@ -423,14 +472,14 @@ class _Step:
         from clsa_compile.kernels import estimate
 
         b, h, s, _ = sizes_of(self.site.q)
-        n = self.keys(self.slots)
+        n = self.keys
         line = estimate.mass(b * s, h, sets, self.device)
         # Scores in fp16, written by the pass and read again.
         return Cost(b * s * n * (4 * h + 4 * sets), 2 * b * h * s * n * sets, line.fixed + line.slope * n)
 
     def _choice(self, pool: Pool) -> Cost:
         b, _, s, _ = sizes_of(self.site.q)
-        rows, n = b * s * pool.sets, self.keys(self.slots)
+        rows, n = b * s * pool.sets, self.keys
         # What is always kept is marked in a copy of the mass.
         return self._selection(rows, n, pool.topk) + Cost(8 * rows * n)
 
@@ -470,6 +519,13 @@ def _itemsize(site: AttentionSite) -> int:
 def _is_causal(site: AttentionSite) -> bool:
     """Tells whether later rows see more: the mask's formula has a query row in it."""
     return any(str(symbol) == "q" for symbol in getattr(site.mask.predicate, "free_symbols", ()))
+
+
+def _is_flash(site: AttentionSite) -> bool:
+    """Tells whether a model gives torch's attention no mask: all keys, or a triangle that it knows of."""
+    call = site.out
+    mask = call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")
+    return site.family == "sdpa" and mask is None
 
 
 def _grouped(site: AttentionSite) -> bool:

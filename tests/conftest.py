@@ -1,6 +1,9 @@
-"""Deselects the tests this machine cannot run, and the long ones unless they are asked for."""
+"""Deselects the tests this machine cannot run, and the long ones unless they are asked for; reads pages."""
 
+import gc
 from collections.abc import Iterable
+from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +40,54 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Deselected, not skipped: a skip is a promise to look at it, and this needs no look.
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Spares the garbage collector what is there before the first test: modules, half a million objects.
+
+    Compilers make many objects that live, so it would go through all of them again and again, which took a
+    sixth of the time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+
+class Page(HTMLParser):
+    """A page as it is read: its tags, its text, and that every element is closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "input", "link"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def read_page() -> type[Page]:
+    """Reads the text of a page."""
+    return Page

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_text", "write_whole"]
+__all__ = ["check", "write_text", "write_whole"]
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Raises OSError where no file can be written at `path`, before there is work for it; leaves no trace."""
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    # Folders that are missing are made when the file is written: in the nearest one that is there.
+    above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:  # which names a file that nobody has heard of
+        raise OSError(error.errno, error.strerror, os.fspath(above)) from error
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:

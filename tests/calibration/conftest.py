@@ -97,19 +97,41 @@ def found(model: Any, tokens: list[Tensor], folder: Path) -> Found:
     return find(model, tokens, ASKED, folder, progress=False)
 
 
+@pytest.fixture(scope="session")
+def glm() -> Callable[..., Any]:
+    """Makes a small model with indexers, whose heads look at few tokens."""
+
+    def make(**changes: Any) -> Any:
+        mlp = ["dense"] * LAYERS
+        made = tiny("glm_moe_dsa", num_hidden_layers=LAYERS, mlp_layer_types=mlp, **changes)
+        with torch.no_grad():
+            for name, weight in made.named_parameters():
+                if "q_" in name or "k_" in name:
+                    weight *= 4
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def selecting(glm: Callable[..., Any]) -> Any:
+    """A model with an indexer in each layer."""
+    return glm()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _captured_once(model: Any) -> Iterator[None]:
-    """Captures the model once a length for all tests: that takes longer than anything they do with it."""
-    known: dict[int, Forward] = {}
+def _captured_once(model: Any, selecting: Any) -> Iterator[None]:
+    """Captures both models once a length for all tests: that takes longer than anything they do with them."""
+    known: dict[tuple[int, int], Forward] = {}
     real = given.fitting
 
     def fitting(other: Any, ids: Tensor) -> Forward:
-        if other is not model:
+        if other is not model and other is not selecting:
             return real(other, ids)
-        length = ids.shape[1]
-        if length not in known:
-            known[length] = real(model, ids)
-        return known[length]
+        key = (id(other), ids.shape[1])
+        if key not in known:
+            known[key] = real(other, ids)
+        return known[key]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(given, "fitting", fitting)

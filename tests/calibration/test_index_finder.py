@@ -16,23 +16,7 @@ from clsa_compile.calibration.searching import Asked, find
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
-LAYERS = 5
-DENSE_MLP = {"num_hidden_layers": LAYERS, "mlp_layer_types": ["dense"] * LAYERS}
 ASKED = Asked(anchors=2)
-
-
-def glm(**changes: Any) -> Any:
-    made = tiny("glm_moe_dsa", **DENSE_MLP, **changes)
-    with torch.no_grad():
-        for name, weight in made.named_parameters():
-            if "q_" in name or "k_" in name:
-                weight *= 4  # heads that look at few tokens
-    return made
-
-
-@pytest.fixture(scope="module")
-def selecting() -> Any:
-    return glm()
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +61,18 @@ def test_moves_of_anchors_follow_the_loss(
     assert find(selecting, tokens, ASKED, progress=False).plan.pattern()[3] == "F"
 
 
-def test_layers_without_an_indexer_follow_the_one_that_they_follow_in_the_model(tokens: list[Tensor]) -> None:
-    roles = ["full", "shared", "full", "full", "shared"]
-    made = find(glm(indexer_types=roles), tokens, ASKED, progress=False)
+def test_layers_without_an_indexer_follow_the_one_that_they_follow_in_the_model(
+    glm: Any, tokens: list[Tensor]
+) -> None:
+    given = glm(indexer_types=["full", "shared", "full", "full", "shared"])
+    made = find(given, tokens, ASKED, progress=False)
     pattern = made.plan.pattern()
     assert pattern[1] == pattern[4] == "S"
     reads = {m: pool.anchor for pool in made.plan.pools for m in pool.members}
     assert reads[1] == 0
     assert reads[4] == reads.get(3, 3)
     with pytest.raises(OptionError, match="anchors=4, but only 3 layers can share"):
-        find(glm(indexer_types=roles), tokens, Asked(anchors=4), progress=False)
+        find(given, tokens, Asked(anchors=4), progress=False)
 
 
 def test_the_same_plan_again_and_nothing_judged_twice(
@@ -97,7 +83,9 @@ def test_the_same_plan_again_and_nothing_judged_twice(
     assert find(selecting, tokens, ASKED, tmp_path, progress=False).plan == searched.plan
 
 
-def test_a_plan_of_another_model_is_an_error(searched: Found, tokens: list[Tensor], model: Any) -> None:
+def test_a_plan_of_another_model_is_an_error(
+    searched: Found, tokens: list[Tensor], model: Any, glm: Any
+) -> None:
     for other in (glm(num_key_value_heads=4, num_attention_heads=4, qk_nope_head_dim=24), model):
         with pytest.raises(PlanError, match="the plan is for another model"):
             clsa_compile.evaluate(other, searched.plan, tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +38,8 @@ TASKS = TaskReport(64, "FSS", 0, (TaskCell("single_needle", 1024, 0.25, 4, 1.0, 
 HOSTILE = ["<script>alert(1)</script>", '"><b>', "</title>", "&lt;", "{{ quality }}"]
 
 
-class Read(HTMLParser):
-    """Reads a page: its tags, its text, and that every element is closed where it should be."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag != "meta":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def test_the_page_says_what_was_measured() -> None:
-    read = Read(page.render(QUALITY, TASKS))
+def test_the_page_says_what_was_measured(read_page: Any) -> None:
+    read = read_page(page.render(QUALITY, TASKS))
     text = " ".join(read.text.split())
     for part in (
         "FSS",
@@ -89,9 +58,9 @@ def test_the_page_says_what_was_measured() -> None:
         assert part in text
 
 
-def test_the_page_needs_no_network_and_no_script() -> None:
+def test_the_page_needs_no_network_and_no_script(read_page: Any) -> None:
     text = page.render(QUALITY, TASKS)
-    read = Read(text)
+    read = read_page(text)
     assert {tag for tag, _ in read.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "image"})
     names = {name for _, attributes in read.tags for name in attributes}
     assert not {name for name in names if name.startswith("on") or name in ("src", "href", "xlink:href")}
@@ -101,8 +70,8 @@ def test_the_page_needs_no_network_and_no_script() -> None:
     assert any(a.get("name") == "viewport" for a in read.all("meta"))
 
 
-def test_the_map_has_a_cell_for_each_pair_and_a_ring_for_each_planned_one() -> None:
-    read = Read(page.render(QUALITY, None))
+def test_the_map_has_a_cell_for_each_pair_and_a_ring_for_each_planned_one(read_page: Any) -> None:
+    read = read_page(page.render(QUALITY, None))
     cells = [a for a in read.all("rect") if str(a["fill"]).startswith("#")]
     assert len(cells) == 6
     places = {(float(str(a["x"])), float(str(a["y"]))): a["fill"] for a in cells}
@@ -113,11 +82,11 @@ def test_the_map_has_a_cell_for_each_pair_and_a_ring_for_each_planned_one() -> N
     assert "Synthetic tasks" not in read.text
 
 
-def test_a_large_map_has_few_labels() -> None:
+def test_a_large_map_has_few_labels(read_page: Any) -> None:
     size = 100
     serves = tuple(tuple(math.nan if layer < a else 0.5 for layer in range(size)) for a in range(size))
     layers = tuple(LayerQuality(f"layers.{i}", "F") for i in range(size))
-    read = Read(page.render(replace(QUALITY, serves=serves, layers=layers), None))
+    read = read_page(page.render(replace(QUALITY, serves=serves, layers=layers), None))
     cells = [a for a in read.all("rect") if str(a["fill"]).startswith("#")]
     assert len(cells) == size * (size + 1) // 2
     ends = [
@@ -129,9 +98,9 @@ def test_a_large_map_has_few_labels() -> None:
     assert len([a for a in read.all("text") if a.get("text-anchor") == "middle"]) <= page.LABELS + 1
 
 
-def test_without_a_map_or_a_follower_there_is_still_a_page() -> None:
+def test_without_a_map_or_a_follower_there_is_still_a_page(read_page: Any) -> None:
     layers = tuple(LayerQuality(f"layers.{i}", "F") for i in range(3))
-    text = Read(page.render(replace(QUALITY, layers=layers, serves=(), by_sequence=()), None)).text
+    text = read_page(page.render(replace(QUALITY, layers=layers, serves=(), by_sequence=()), None)).text
     assert "Who could serve whom" not in text
     assert "Worst layer" not in text
     assert "layers.2" in text
@@ -139,12 +108,12 @@ def test_without_a_map_or_a_follower_there_is_still_a_page() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(hostile=st.one_of(st.text(min_size=1), st.sampled_from(HOSTILE)))
-def test_whatever_is_shown_is_escaped(hostile: str) -> None:
+def test_whatever_is_shown_is_escaped(hostile: str, read_page: Any) -> None:
     layers = tuple(replace(layer, path=hostile) for layer in QUALITY.layers)
     worst = replace(QUALITY.worst_token, text=hostile)
     quality = replace(QUALITY, layers=layers, worst_token=worst)
     tasks = replace(TASKS, cells=(replace(TASKS.cells[0], task=hostile),))
-    plain, shown = Read(page.render(QUALITY, TASKS)), Read(page.render(quality, tasks))
+    plain, shown = read_page(page.render(QUALITY, TASKS)), read_page(page.render(quality, tasks))
     assert {tag for tag, _ in shown.tags} == {tag for tag, _ in plain.tags}
     assert repr(hostile) in shown.text
 

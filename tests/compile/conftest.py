@@ -125,6 +125,15 @@ def for_cuda(monkeypatch: pytest.MonkeyPatch) -> Captured:
     return carry_out(captured, decide(captured), variants, torch.library.wrap_triton)[0]
 
 
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what Inductor would be given as it is, where what Inductor makes of it is not the question.
+
+    The backend is whole but for that, and a graph takes a tenth of the time.
+    """
+    monkeypatch.setattr(clsa_compile.backend, "_inductor", lambda gm, inputs, options: gm.forward)
+
+
 @pytest.fixture(scope="session")
 def make_passes() -> type[Passes]:
     """For fixtures that outlive a test."""

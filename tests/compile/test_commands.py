@@ -179,6 +179,12 @@ def test_windows_take_texts_in_turn(folder: Path) -> None:
         (["distill", "--topk", "64", "--groups", "1", "2", "--out", "a.json"], "begins at layer 0"),
         (["distill", "--topk", "64", "--out", "a.json"], "give 'groups', how many indices"),
         (["distill", "--topk", "64", "--groups", "2", "--out", "a"], "a plan's file ends in .json"),
+        (
+            ["search", "--topk", "64", "--anchors", "2", "--out", "/dev/null/plan.json"],
+            "--out: nothing can be written to '/dev/null/plan.json'",
+        ),
+        (["evaluate", "--heatmap", "/dev/null/a.png"], "--heatmap: nothing can be written to"),
+        (["tasks", "--html", "/"], "--html: nothing can be written to '/'"),
         (["evaluate"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json", "--share", "2"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json"], "the plan 'a.json' cannot be read"),

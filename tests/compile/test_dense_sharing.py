@@ -110,9 +110,20 @@ def oracle() -> Any:
     return make
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic", "none"])
-@pytest.mark.parametrize("prefill", ["dense", "sparse"])
-@pytest.mark.parametrize(("share", "schedule"), [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS")])
+# All of schedules and prompts over a static cache, and each pair of values with the other caches.
+SCHEDULES = [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS")]
+ATTENDED = [
+    *((*schedule, prefill, "static") for schedule in SCHEDULES for prefill in ("dense", "sparse")),
+    (2, "FSFSF", "dense", "dynamic"),
+    (4, "FSSSF", "sparse", "dynamic"),
+    ("FFSSS", "FFSSS", "sparse", "dynamic"),
+    (2, "FSFSF", "sparse", "none"),
+    (4, "FSSSF", "dense", "none"),
+    ("FFSSS", "FFSSS", "dense", "none"),
+]
+
+
+@pytest.mark.parametrize(("share", "schedule", "prefill", "cache"), ATTENDED)
 def test_layers_attend_to_what_their_anchor_looked_at(
     share: Any, schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
 ) -> None:
@@ -131,9 +142,15 @@ def test_layers_attend_to_what_their_anchor_looked_at(
         assert plan.count("sparse") == schedule.count("S")
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-@pytest.mark.parametrize("prefill", ["dense", "sparse"])
-@pytest.mark.parametrize("schedule", ["FSRSS", "FRSRS", "FFSRS"])
+@pytest.mark.parametrize(
+    ("schedule", "prefill", "cache"),
+    [
+        *((schedule, p, "static") for schedule in ("FSRSS", "FRSRS", "FFSRS") for p in ("dense", "sparse")),
+        ("FSRSS", "sparse", "dynamic"),
+        ("FRSRS", "dense", "dynamic"),
+        ("FFSRS", "sparse", "dynamic"),
+    ],
+)
 def test_layers_choose_again_among_what_was_offered(
     schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
 ) -> None:
@@ -149,8 +166,17 @@ def test_layers_choose_again_among_what_was_offered(
         assert plan.count("sparse") == schedule.count("S") + schedule.count("R")
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-@pytest.mark.parametrize(("below", "prefill"), [(15, "sparse"), (22, "sparse"), (20, "dense"), (22, "dense")])
+@pytest.mark.parametrize(
+    ("below", "prefill", "cache"),
+    [
+        (15, "sparse", "static"),
+        (22, "sparse", "static"),
+        (20, "dense", "static"),
+        (22, "dense", "static"),
+        (15, "sparse", "dynamic"),
+        (20, "dense", "dynamic"),
+    ],
+)
 def test_rows_of_few_tokens_are_dense(below: int, prefill: str, cache: str, passes: Any, oracle: Any) -> None:
     """Prompts of 20 tokens, one sequence with 3 of padding, and 6 steps: some rows below, some above."""
     passes.options = Options.read({**TOPK, "share": 3, "prefill": prefill, "dense_below": below})
@@ -215,6 +241,7 @@ def test_window_layers_are_not_counted(passes: Any) -> None:
         assert [site.action for site in plan.sites] == ["attention", "attention", "attention", "sparse"]
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_the_option_works_through_torch_compile() -> None:
     model = llama()
     ids = torch.randint(1, 60, (1, PROMPT))

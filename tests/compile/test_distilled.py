@@ -91,11 +91,18 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
         model.set_attn_implementation("sdpa")
 
 
+# Families differ in how queries are made, which prompts and caches know nothing of.
 @pytest.mark.parametrize(
-    ("family", "cache"),
-    [("llama", "static"), ("llama", "dynamic"), ("llama", "none"), ("qwen3", "static"), ("phi3", "dynamic")],
+    ("family", "cache", "prefill"),
+    [
+        ("llama", "static", "dense"),
+        ("llama", "static", "sparse"),
+        ("llama", "dynamic", "dense"),
+        ("llama", "none", "sparse"),
+        ("qwen3", "static", "dense"),
+        ("phi3", "dynamic", "sparse"),
+    ],
 )
-@pytest.mark.parametrize("prefill", ["dense", "sparse"])
 def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
     family: str, prefill: str, cache: str, passes: Any, index_plan: Any
 ) -> None:
@@ -110,8 +117,8 @@ def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
         assert any(p.schedule == "ISIS" for p in passes.plans)
 
 
-@pytest.mark.parametrize(("kv_heads", "first"), [(1, 0), (1, 1)])
-@pytest.mark.parametrize("score", [MIXTURE, LIGHTNING.text])
+# Which heads are read is settled before they are scored.
+@pytest.mark.parametrize(("score", "kv_heads", "first"), [(MIXTURE, 1, 1), (LIGHTNING.text, 1, 0)])
 def test_an_index_may_read_some_key_heads_only(
     score: str, kv_heads: int, first: int, passes: Any, index_plan: Any
 ) -> None:
@@ -152,7 +159,8 @@ def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:
     assert "4 sparse over selected tokens (2 indexers run)" in text
 
 
-def test_a_whole_model_compiles(index_plan: Any) -> None:
+@pytest.mark.usefixtures("without_inductor")
+def test_the_option_works_through_torch_compile(index_plan: Any) -> None:
     model = tiny("llama", num_hidden_layers=LAYERS)
     plan = index_plan(model)
     options = {"share": plan, "prefill": "sparse", "strict": True}

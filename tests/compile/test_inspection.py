@@ -43,11 +43,11 @@ def tensors_of(cache: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("name", ["llama", "glm_moe_dsa"])
-def test_counts_are_those_of_a_compile(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("without_inductor")
+def test_counts_are_those_of_a_compile(name: str, cache: str) -> None:
     model = tiny(name)
     report = inspect(model, **prompt(), past_key_values=CACHES[cache](model.config))
     assert not counters["clsa"], "nothing is compiled"
-    monkeypatch.setattr(clsa_compile.backend, "_inductor", lambda gm, inputs, options: gm.forward)
     with torch.no_grad():
         torch.compile(model, backend=clsa_compile.backend.clsa)(
             **prompt(), past_key_values=CACHES[cache](model.config)

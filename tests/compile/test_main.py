@@ -91,10 +91,13 @@ def test_a_page_has_both_graphs_and_comes_before_the_text(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_page_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clsa_compile.__main__.inspect_configuration", None)  # is not called
     path = folder / "config.json" / "report.html"
     err = refused(capsys, folder, *SMALL, "--graph", "decode", "--html", path)
-    assert f"no page can be written to '{path}'" in err
+    assert f"--html: nothing can be written to '{path}': [Errno 20] Not a directory" in err
 
 
 def test_eager_attention_can_be_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,9 +121,9 @@ def test_a_folder_without_a_configuration(tmp_path: Path, capsys: pytest.Capture
     [
         ("{", "it is not JSON"),
         ("[]", "it holds no object"),
-        ("{}", "has no model type None"),
+        ("{}", "it names no model_type"),
         ('{"model_type": "abacus"}', "this transformers has no model type 'abacus'"),
-        ('{"model_type": ["llama"]}', "has no model type ['llama']"),
+        ('{"model_type": ["llama"]}', "it names no model_type"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot make a model from"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "cannot make a model from"),
         ('{"model_type": "clip"}', "cannot make a model from"),

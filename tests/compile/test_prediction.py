@@ -19,6 +19,7 @@ from clsa_compile.capture.dynamo import capture
 from clsa_compile.capture.launches import launch_of
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels
+from clsa_compile.errors import MissingTritonError
 from clsa_compile.passes.pipeline import carry_out
 from clsa_compile.prediction import Prediction, T, crossing, device_of, predict, rounded
 from clsa_compile.testing import tiny
@@ -186,12 +187,65 @@ def test_windows_read_no_more_than_they_hold() -> None:
     assert window.at(8)[0] < window.at(16)[0]
 
 
+def test_a_step_over_a_window_is_not_said_to_take_what_a_long_row_takes() -> None:
+    (found,) = report_of("gemma2").predictions
+    before, after = found.layers[0]
+    assert after.at(100_000)[2] < 8, "two launches and 16 keys"
+    assert after.at(100_000)[2] <= before.at(100_000)[2]
+
+
+PROMPT = 64
+
+
+def without_triton() -> Any:
+    raise MissingTritonError
+
+
+def prompt_of(name: str, slots: int, **changes: Any) -> Prediction:
+    """Predicts a prompt of 64 tokens, in the last rows of a static cache."""
+    model = tiny(name, max_position_embeddings=slots, **changes).to(torch.bfloat16)
+    held = StaticCache(config=model.config, max_cache_len=slots)
+    ids = torch.zeros(1, PROMPT, dtype=torch.long)
+    (found,) = inspect(model, ids, past_key_values=held).predictions
+    assert found.queries == PROMPT
+    return found
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_a_prompt_whose_mask_is_a_formula_takes_what_the_kernel_that_skips_blocks_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = {"sliding_window": 32} if name == "mistral" else {}
+    slots = PROMPT if name == "mistral" else 4096
+    ours = prompt_of(name, slots, **window).layers[0][1]
+    monkeypatch.setattr("clsa_compile.layers.kernels", without_triton)
+    assert prompt_of(name, slots, **window).layers[0][1] == ours, "a device has Triton, wherever it is asked"
+    asked: list[str] = []
+
+    def other(op: str, *_: Any) -> str:
+        asked.append(op)
+        return "sdpa"
+
+    monkeypatch.setattr("clsa_compile.prediction.variant_of", other)
+    torchs = prompt_of(name, slots, **window).layers[0][1]
+    assert set(asked) == {"attention"}
+    flops = 2 * 4 * PROMPT * (16 + 16)
+    if name == "mistral":
+        assert ours.flops.subs(T, 10_000) == flops * 32, "a window"
+    else:
+        assert sympy.expand(ours.flops - flops * (T - sympy.Rational(63, 2))) == 0, "less a triangle"
+    assert sympy.expand(torchs.flops - flops * T) == 0, "all keys, and a mask"
+    assert torchs.bytes.subs(T, slots) - ours.bytes.subs(T, slots) == 2 * 2 * PROMPT * slots
+
+
 def test_selected_tokens_cost_the_same_at_any_length_but_for_the_index() -> None:
     (found,) = report_of("glm_moe_dsa", options={"share": 2}).predictions
     first, second = (found.layers[i][1] for i in (0, 1))
     assert second.at(10_000)[0] == second.at(1_000_000)[0]
     assert first.at(1_000_000)[0] > 50 * first.at(10_000)[0]
-    assert found.break_even == min(at for at in found.break_evens.values() if at)
+    # The layer that has the index pays for both: the step as a whole gains somewhere between the two.
+    assert found.break_evens[1] == 9
+    assert 9 < found.break_even < found.break_evens[0]
 
 
 def test_idle_indexers_do_not_read_their_weights() -> None:

@@ -82,6 +82,7 @@ def test_plans_with_savings_go_through_json() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("reclaim", [False, True])
 def test_a_stripped_model_computes_the_same(reclaim: bool) -> None:
     options = {"share": 4, "reclaim": reclaim}
@@ -96,6 +97,19 @@ def test_a_stripped_model_computes_the_same(reclaim: bool) -> None:
     assert plan.strip(model) == 0
     actual = generate_steps(torch.compile(model, backend="clsa", options=options), model.config, prompt=20)
     assert largest_difference(expected, actual) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_stripped_model_computes_the_same_through_inductor() -> None:
+    options = {"share": 4, "reclaim": True}
+    model = glm()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = torch.compile(model, backend="clsa", options=options)(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        plan_of(model, **options).strip(model)
+        actual = torch.compile(model, backend="clsa", options=options)(ids, use_cache=False).logits
+    assert (expected - actual).abs().max() < 1e-5
 
 
 def test_a_stripped_model_never_runs_wrong() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -63,43 +62,9 @@ OKLAB = np.array(
 )
 
 
-class Read(HTMLParser):
-    """Reads a page: its tags, its text, and that every element is closed where it should be."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "link"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def test_the_page_says_what_the_report_says(make: Any) -> None:
+def test_the_page_says_what_the_report_says(make: Any, read_page: Any) -> None:
     report = make(8, "mass", left=(6,))
-    words = Read(render({"decode": report}, "toy", "8 layers")).words
+    words = read_page(render({"decode": report}, "toy", "8 layers")).words
     for part in (
         "clsa: toy",
         "8 layers · what",
@@ -133,9 +98,9 @@ def test_figures_are_those_of_the_prediction(make: Any) -> None:
     assert page.rows[1].times[1] == ("2,624.4", "140.1")
 
 
-def test_the_page_needs_no_network(make: Any) -> None:
+def test_the_page_needs_no_network(make: Any, read_page: Any) -> None:
     text = render({"": make(16, "mass", keys=(2, 3))})
-    read = Read(text)
+    read = read_page(text)
     tags = {tag for tag, _ in read.tags}
     assert tags.isdisjoint({"img", "iframe", "object", "image", "base", "form", "a"})
     names = {name for _, attributes in read.tags for name in attributes}
@@ -147,9 +112,9 @@ def test_the_page_needs_no_network(make: Any) -> None:
     assert text.count("<script") == text.count("</script") == 1
 
 
-def test_only_the_pages_own_script_may_run(make: Any) -> None:
+def test_only_the_pages_own_script_may_run(make: Any, read_page: Any) -> None:
     text = render({"": make(2)})
-    policy = next(a["content"] for a in Read(text).all("meta") if a.get("http-equiv"))
+    policy = next(a["content"] for a in read_page(text).all("meta") if a.get("http-equiv"))
     assert policy is not None
     assert "default-src 'none'" in policy
     assert re.search(r"script-src 'sha256-[\w+/=]+';", policy)
@@ -158,7 +123,7 @@ def test_only_the_pages_own_script_may_run(make: Any) -> None:
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(hostile=st.one_of(st.text(min_size=1), st.sampled_from(HOSTILE)))
-def test_whatever_is_shown_is_escaped(hostile: str, make: Any) -> None:
+def test_whatever_is_shown_is_escaped(hostile: str, make: Any, read_page: Any) -> None:
     def shown(text: str) -> str:
         report = make(3, "mass", left=(2,), path=text)
         (plan,), (details,) = report.plans, report.details
@@ -180,7 +145,7 @@ def test_whatever_is_shown_is_escaped(hostile: str, make: Any) -> None:
             {text: replace(report, plans=(plan,), details=(details,), left_graphs=(text,))}, text, text
         )
 
-    plain, found = Read(shown("plain")), Read(shown(hostile))
+    plain, found = read_page(shown("plain")), read_page(shown(hostile))
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in plain.tags]
     if hostile in HOSTILE:
         assert found.text.count(hostile) >= 10
@@ -205,46 +170,46 @@ def test_groups_next_to_each_other_can_be_told_apart(scheme: int, name: str) -> 
     assert min(apart) > 0.15, [round(d, 3) for d in apart]
 
 
-def test_several_graphs_have_names(make: Any) -> None:
+def test_several_graphs_have_names(make: Any, read_page: Any) -> None:
     report = make(3, "dense")
     two = Report(report.plans * 2, details=report.details * 2)
     assert [page.name for page in pages("", two)] == ["graph 1", "graph 2"]
     assert [page.name for page in pages("decode", report)] == ["decode"]
-    read = Read(render({"prefill": two, "decode": report}))
+    read = read_page(render({"prefill": two, "decode": report}))
     radios = [a for a in read.all("input") if a.get("name") == "graph"]
     assert len(radios) == 3
     assert sum("checked" in a for a in radios) == 1
 
 
-def test_a_plan_alone_is_enough(make: Any) -> None:
+def test_a_plan_alone_is_enough(make: Any, read_page: Any) -> None:
     report = make(6, "mass", left=(5,))
-    words = Read(render({"": Report(report.plans)})).words
+    words = read_page(render({"": Report(report.plans)})).words
     assert "What it costs" not in words
     assert "made without looking at kernels" in words
     assert "2048 tokens" in words
     assert "left as it was users: softmax" in words
 
 
-def test_graphs_that_are_left_whole_are_named() -> None:
-    words = Read(render({"": Report((), ("autocast: it is on",))})).words
+def test_graphs_that_are_left_whole_are_named(read_page: Any) -> None:
+    words = read_page(render({"": Report((), ("autocast: it is on",))})).words
     assert "autocast: it is on" in words
     assert "No attention was seen." in words
 
 
-def test_where_no_kernel_is_known_the_page_says_why(make: Any) -> None:
+def test_where_no_kernel_is_known_the_page_says_why(make: Any, read_page: Any) -> None:
     report = make(2, "dense")
     details = replace(report.details[0], sources=Sources(problem="Triton is not there"))
-    words = Read(render({"": replace(report, details=(details,))})).words
+    words = read_page(render({"": replace(report, details=(details,))})).words
     assert "No kernel can be shown: Triton is not there." in words
 
 
-def test_what_the_plans_file_says_of_its_quality_is_shown(make: Any) -> None:
+def test_what_the_plans_file_says_of_its_quality_is_shown(make: Any, read_page: Any) -> None:
     report = make(8, "mass")
     layers = (PlanLayer(0, 4, 2), PlanLayer(1, 4, 2))
     pool = Pool(0, 64, {0: ((0.25,) * 4,)}, (1,), keep_first=4, keep_last=32)
     quality = {"perplexity_increase": 0.0147, "tokens": 12288.0}
     sharing = SharingPlan(64, layers, (pool,), quality=quality)
-    words = Read(render({"": replace(report, sharing=sharing)})).words
+    words = read_page(render({"": replace(report, sharing=sharing)})).words
     assert "perplexity increase 0.0147, tokens 12,288." in words
 
 
@@ -256,13 +221,13 @@ def test_json_can_be_read_and_has_a_line_for_each_entry(make: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [None, {"topk": 40, "share": 2}])
-def test_a_call_of_a_model_becomes_a_page(options: Any, tmp_path: Path) -> None:
+def test_a_call_of_a_model_becomes_a_page(options: Any, tmp_path: Path, read_page: Any) -> None:
     torch._dynamo.reset()
     model = tiny("llama", num_hidden_layers=3)
     report = inspect(model, torch.zeros(1, 80, dtype=torch.long), use_cache=False, options=options)
     path = tmp_path / "a folder" / "report.html"
     report.to_html(path, title="three layers")
-    read = Read(path.read_text(encoding="utf-8"))
+    read = read_page(path.read_text(encoding="utf-8"))
     assert "clsa: three layers" in read.words
     assert "attention.rows, layers 0-2" in read.words
     assert "def attention_rows(" in read.text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from clsa_compile.ir.files import write_text, write_whole
+from clsa_compile.ir.files import check, write_text, write_whole
 
 
 def test_a_text_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
@@ -40,3 +42,32 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="the disk is full"):
         write_text(tmp_path / "c.txt", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_can_be_written_is_checked_without_a_trace(tmp_path: Path) -> None:
+    check(tmp_path / "c.txt")
+    check(tmp_path / "a" / "b" / "c.txt")
+    assert list(tmp_path.iterdir()) == []
+    write_text(tmp_path / "c.txt", "old")
+    check(tmp_path / "c.txt")
+    assert (tmp_path / "c.txt").read_text() == "old"
+
+
+def test_what_cannot_be_written_is_an_error_that_names_what_is_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=rf"{tmp_path}/file'$"):
+        check(tmp_path / "file" / "folder" / "c.txt")
+    with pytest.raises(IsADirectoryError, match=rf"{tmp_path}'$"):
+        check(tmp_path)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/nowhere'$"):
+        check(tmp_path / "nowhere" / "c.txt")
+
+    def denied(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "somewhere/tmp123")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    with pytest.raises(PermissionError, match=rf"Permission denied: '{tmp_path}'$"):
+        check(tmp_path / "c.txt")

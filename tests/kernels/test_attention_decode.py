@@ -36,7 +36,8 @@ def arguments(
     return (q, k, v, mask, around, list(inputs), sink, d**-0.5, softcap, predicate)
 
 
-@pytest.mark.parametrize(("heads", "s"), [(3, 2), (40, 1), (128, 1)])
+# In the interpreter 128 heads are more programs of the same text as 40, whose last block is not full.
+@pytest.mark.parametrize(("heads", "s"), [(3, 2), (40, 1), pytest.param(128, 1, marks=pytest.mark.gpu)])
 def test_many_heads_share_a_latent_row(device: str, run: Run, judge: Any, heads: int, s: int) -> None:
     """MLA as engines hold it: one row of 512 + 64 a token for all heads, values its first 512 columns."""
     args = list(arguments(device, (2, heads, 1, s, 100, 576, 512), torch.float16))

@@ -170,14 +170,14 @@ def test_more_multiprocessors_share_one_row() -> None:
 
 def test_choosing_takes_less_than_a_millisecond() -> None:
     predicted("attention_decode", Sizes(1, 8, 3, 4096, 128, 128, 2), H100)  # makes the function
-    began = time.perf_counter()
+    began = time.process_time()
     for keys in range(5000, 5020):
         predicted("attention_decode", Sizes(1, 8, 3, keys, 128, 128, 2), H100)
-    assert (time.perf_counter() - began) / 20 < 2e-3, "one millisecond, and as much for a busy machine"
-    began = time.perf_counter()
+    assert (time.process_time() - began) / 20 < 2e-3, "a millisecond, and as much for a slow processor"
+    began = time.process_time()
     for _ in range(100):
         predicted("attention_decode", Sizes(1, 8, 3, 5000, 128, 128, 2), H100)
-    assert (time.perf_counter() - began) / 100 < 1e-4, "a choice is made once"
+    assert (time.process_time() - began) / 100 < 1e-4, "a choice is made once"
 
 
 def test_a_chooser_is_asked_inside_and_not_outside() -> None:

@@ -138,7 +138,8 @@ def test_both_ways_of_writing_the_result(device: str, run: Run, judge: Any, spli
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)
 
 
-@pytest.mark.parametrize("heads", [3, 40, 128])
+# In the interpreter 128 heads are more programs of the same text as 40, whose last block is not full.
+@pytest.mark.parametrize("heads", [3, 40, pytest.param(128, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_many_heads_share_a_latent_row(device: str, run: Run, judge: Any, heads: int, dtype: Any) -> None:
     """MLA as engines hold it: one row of 512 + 64 a token for all heads, values its first 512 columns."""

