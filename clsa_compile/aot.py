@@ -22,8 +22,8 @@ from clsa_compile.errors import ExportError, PackageError
 __all__ = ["UNBOUND", "Runner", "compile_module"]
 
 UNBOUND = (
-    "the package has no weights yet: they were left out when it was exported; bind them before the first run, "
-    "as package.bind('model.safetensors')"
+    "the package has no weights yet: they were left out when it was exported; bind them before the first "
+    "run, as package.bind('model.safetensors')"
 )
 
 
@@ -36,8 +36,8 @@ def compile_module(
 ) -> list[Path]:
     """Compiles a module for its device; returns the files that belong into a package.
 
-    Weights are left out. Triton kernels become machine code inside of the shared library. `metadata` are texts
-    that the library keeps, `settings` Inductor's own options. Raises ExportError.
+    Weights are left out. Triton kernels become machine code inside of the shared library. `metadata` are
+    texts that the library keeps, `settings` Inductor's own options. Raises ExportError.
     """
     # Imported here: who only loads a package does not wait for Inductor.
     from torch._inductor import aot_compile
@@ -63,7 +63,7 @@ def compile_module(
 
 @contextmanager
 def _toolkit() -> Iterator[None]:
-    """Lets the linker find CUDA's driver library where there are only stubs of it, or only its versioned name."""
+    """Lets the linker find CUDA's driver library where there is only a stub, or only its versioned name."""
     from torch.utils import cpp_extension
 
     home = cpp_extension.CUDA_HOME
@@ -87,7 +87,7 @@ def _toolkit() -> Iterator[None]:
 
 
 def _drivers(home: Path) -> Iterator[Path]:
-    """Yields where CUDA's driver library may lie, its stub first: what links against it runs elsewhere too."""
+    """Yields where CUDA's driver library may lie, its stub first: that links for any machine."""
     for folder in ("lib64/stubs", "lib/stubs", "targets/x86_64-linux/lib/stubs"):
         yield home / folder / "libcuda.so"
     for root in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/local/nvidia/lib64", "/usr/lib/wsl/lib"):
@@ -105,7 +105,7 @@ class Runner:
         index = -1 if device.index is None else device.index
         try:
             # Without the locks and events by which threads share a model: CUDA graphs cannot hold them.
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(os.fspath(path), name, True, 1, index)  # type: ignore[attr-defined]
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(os.fspath(path), name, True, 1, index)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise PackageError(f"the program {name!r} cannot be loaded by this torch: {reason}") from error
@@ -128,7 +128,7 @@ class Runner:
         return inputs, outputs
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes the tensors that the program needs, without copies. Raises PackageError where one is missing."""
+        """Takes the tensors that the program needs, without copies. Raises PackageError for a missing one."""
         missing = [name for name in self.constants() if name not in tensors]
         if missing:
             raise PackageError(

@@ -31,6 +31,7 @@ from clsa_compile.passes.savings import stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import shares
+from clsa_compile.saved import saveable
 from clsa_compile.watch import Stopped, Watch
 
 Compiled = Callable[..., Any]
@@ -130,8 +131,8 @@ def carried_out(
 ) -> tuple[Captured, Decision]:
     """Takes a graph through the whole pipeline; returns it lowered, or as it was where nothing is to be done.
 
-    `observe` is told of each stage besides `watch`, and `look` of the decision, before the graph changes. This is
-    what both ways of compiling do, `torch.compile` and `export`.
+    `observe` is told of each stage besides `watch`, and `look` of the decision, before the graph changes.
+    This is what both ways of compiling do, `torch.compile` and `export`.
     """
 
     def reached(stage: str, graph: Captured) -> None:
@@ -297,7 +298,7 @@ def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
     tag = f"clsa:{uuid()}:{options.identity()}"
     with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
-    return compiled
+    return saveable(compiled)
 
 
 def inductor_settings(options: Options) -> dict[str, Any]:

@@ -47,12 +47,36 @@ class _Source:
 def trace(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> ExportedProgram:
-    """Returns a module's program in training IR, of what it does without gradients. Raises CaptureError."""
+    """Returns a module's program in training IR, of what it does without gradients. Raises CaptureError.
+
+    What torch assumed of sizes and cannot prove for all that they may be, the program asserts as it runs.
+    """
+    try:
+        return _traced(module, args, kwargs, dynamic_shapes, asserts=False)
+    except CaptureError:
+        return _traced(module, args, kwargs, dynamic_shapes, asserts=True)
+
+
+def _traced(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    asserts: bool,
+) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(
+                module,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=asserts,
+            )
     except Exception as error:  # torch.export raises exceptions of many kinds
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:3])
         raise CaptureError(f"torch.export failed: {type(error).__name__}: {reason}") from error
 
 

@@ -29,7 +29,7 @@ _HEADER, _LENGTHS = 30, 26
 
 @dataclass(slots=True)
 class Contents:
-    """What goes into an archive: texts and bytes by name, files of native code and tensors by program and key."""
+    """What goes into an archive: texts and bytes, files of native code by program, and tensors."""
 
     extra: dict[str, str | bytes] = field(default_factory=dict)
     code: dict[str, Sequence[Path]] = field(default_factory=dict)
@@ -47,8 +47,8 @@ def write(path: Path, contents: Contents) -> None:
         for program, files in contents.code.items():
             for file in files:
                 archive.write_file(f"{CODE}/{program}/{file.name}", os.fspath(file))
-        for key, value in contents.weights.items():
-            raw = _raw(value)
+        for key, tensor in contents.weights.items():
+            raw = _raw(tensor)
             archive.archive_file.write_record(f"{WEIGHTS}/{key}", raw, raw.nbytes())
 
 

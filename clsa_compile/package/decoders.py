@@ -1,15 +1,16 @@
 """Decoders: a Hugging Face model as two programs, for prompts and for single tokens, with caches as inputs.
 
 A static cache's tensors become inputs that the programs write in place, and so does the one number of tokens
-that they hold; Hugging Face counts it once a layer. Layers with a window get caches of full length, which their
-masks cut: a ring buffer's layout depends on a length that Python would have to know.
+that they hold; Hugging Face counts it once a layer. Layers with a window get caches of full length, which
+their masks cut: a ring buffer's layout depends on a length that Python would have to know.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,8 @@ class Decoder:
         known = {"input_ids", "past_key_values", "attention_mask", "use_cache", "logits_to_keep"}
         if unknown := sorted(set(kwargs) - known):
             raise ExportError(
-                f"a decoder is exported from input_ids, past_key_values and attention_mask, not {unknown[0]!r}: "
-                "its programs make positions by themselves"
+                "a decoder is exported from input_ids, past_key_values and attention_mask, not "
+                f"{unknown[0]!r}: its programs make positions by themselves"
             )
         self.model = model
         self.device = next(model.parameters()).device
@@ -69,6 +70,23 @@ class Decoder:
         self._template = _primed(model, self._sizes.cache)
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
+    @contextmanager
+    def exportable(self) -> Iterator[None]:
+        """Has experts multiply in a way that native code can, while programs are made.
+
+        Hugging Face groups tokens by expert with an op of bfloat16 alone, and with Python for other dtypes.
+        """
+        choose = getattr(self.model, "set_experts_implementation", None)
+        before = getattr(self.model.config, "_experts_implementation", None)
+        if choose is None or before != "grouped_mm" or self.model.dtype == torch.bfloat16:
+            yield
+            return
+        choose("batched_mm")
+        try:
+            yield
+        finally:
+            choose(before)
+
     def traced(self, name: str) -> Traced:
         """Returns "prefill" or "decode" to export."""
         sizes = self._sizes
@@ -76,14 +94,15 @@ class Decoder:
         ids = torch.zeros(sizes.batch, rows, dtype=torch.long, device=self.device)
         caches = [self._made(value, sizes.batch) for value in _buffers(self._template)]
         args: tuple[Any, ...] = (ids, caches, torch.zeros((), dtype=torch.long, device=self.device))
+        dims = sizes.dims
         shapes: list[Any] = [
-            {0: sizes.dims["batch"], 1: sizes.dims["prompt"] if rows > 1 else None},
-            [{0: sizes.dims["batch"], value.dim() - 2: sizes.dims["cache"]} for value in caches],
+            _varying({0: dims["batch"], 1: dims["prompt"] if rows > 1 else None}),
+            [_varying({0: dims["batch"], value.dim() - 2: dims["cache"]}) for value in caches],
             None,
         ]
         if self.is_padded:
             args = (*args, torch.zeros(sizes.batch, dtype=torch.long, device=self.device))
-            shapes.append({0: sizes.dims["batch"]})
+            shapes.append(_varying({0: dims["batch"]}))
         module = _Program(self.model, self._template).eval()
         return Traced(module, args, {}, tuple(shapes), inner="model")
 
@@ -98,6 +117,10 @@ class Decoder:
 
     def _made(self, like: Tensor, batch: int) -> Tensor:
         return torch.zeros((batch, *like.shape[1:]), dtype=like.dtype, device=self.device)
+
+
+def _varying(dims: dict[int, Any]) -> dict[int, Any]:
+    return {axis: dim for axis, dim in dims.items() if dim is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +144,8 @@ class _Sizes:
         }
         if given is not None and (not isinstance(given, dict) or set(given) - set(ranges)):
             raise ExportError(
-                f"dynamic_shapes of a decoder is {given!r}; give a dict with 'batch', 'prompt' and 'cache', each "
-                "a number that is fixed or a pair (least, most)"
+                f"dynamic_shapes of a decoder is {given!r}; give a dict with 'batch', 'prompt' and 'cache', "
+                "each a number that is fixed or a pair (least, most)"
             )
         ranges |= given or {}
         letters = {"batch": "B", "prompt": "S", "cache": "T"}
@@ -149,8 +172,8 @@ def _dim(name: str, letter: str, value: Any, example: int) -> tuple[int, Any]:
 class _Program(nn.Module):
     """One forward of a decoder over caches that are arguments; returns the last position's logits [B, V].
 
-    Takes ids [B, S], caches [B, H, T, D] or [B, T, D], the number of tokens that they hold (int64, written), and
-    where the decoder was exported with an attention mask the number of padding tokens before each row [B].
+    Takes ids [B, S], caches [B, H, T, D] or [B, T, D], the number of tokens that they hold (int64, written),
+    and where the decoder was exported with an attention mask the padding tokens before each row [B].
     """
 
     def __init__(self, model: Any, template: Any) -> None:
@@ -194,8 +217,8 @@ def _primed(model: Any, length: int) -> Any:
             cache.layers[i] = StaticLayer(max_cache_len=length)
         elif not isinstance(layer, StaticLayer):
             raise ExportError(
-                f"layer {i} of this {model.config.model_type} keeps a {type(layer).__name__}, which is no static "
-                "cache of keys and values"
+                f"layer {i} of this {model.config.model_type} keeps a {type(layer).__name__}, which is no "
+                "static cache of keys and values"
             )
     with torch.no_grad():
         model(

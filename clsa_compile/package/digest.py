@@ -1,8 +1,8 @@
 """Digests: one number for all bytes of a package, kept at its end, checked before anything else reads it.
 
 A package is a zip file, and a zip file ends in a comment. Ours holds the digest of every byte before it. The
-digest is a tree: SHA-256 of pieces of 8 MiB, side by side in threads, then SHA-256 of the size and of these. It
-shows what was damaged; that a package is the one that was meant is shown by a digest that came another way.
+digest is a tree: SHA-256 of pieces of 8 MiB, side by side in threads, then SHA-256 of the size and of these.
+It shows damage; that a package is the one that was meant is shown by a digest that came another way.
 """
 
 from __future__ import annotations

@@ -36,11 +36,12 @@ def load(
 ) -> Package:
     """Loads what `export` wrote; Dynamo, Inductor and Triton compile nothing.
 
-    `digest` is the one that `export` returned, or several that are trusted: a package is native code, and only a
-    digest that came another way than the file says that it is the one that was meant. Without it a warning says
-    what to pin. `device` is the one that it was compiled for where nothing is said. `weights` are bound at once,
-    as `Package.bind` takes them. Raises PackageError for a file that is damaged, cut off, not the one that is
-    trusted, of another format, or made for another torch, processor or device: before torch reads any of it.
+    `digest` is the one that `export` returned, or several that are trusted: a package is native code, and
+    only a digest that came another way than the file says that it is the one that was meant. Without it a
+    warning says what to pin. `device` is the one that it was compiled for where nothing is said. `weights`
+    are bound at once, as `Package.bind` takes them.
+    Raises PackageError for a file that is damaged, cut off, not the one that is trusted, of another format,
+    or made for another torch, processor or device: before torch reads any of it.
     """
     name = os.fspath(path)
     trusted = [digest] if isinstance(digest, str) else list(digest or ())
@@ -79,6 +80,8 @@ def _device(manifest: Manifest, device: str | torch.device | None) -> torch.devi
         raise PackageError(f"{device!r} is no device: {error}") from error
     if manifest.kind == "pt2" and (reason := obstacle(manifest.machine, place)):
         raise PackageError(f"this package does not run on {place}: {reason}")
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # as tensors on it say
     return place
 
 
@@ -161,8 +164,8 @@ class _Graph:
 class Caches:
     """A decoder's memory of `batch` sequences with room for `size` tokens, of which `used` are taken.
 
-    `tensors` [B, H, T, D] or [B, T, D] by name, `length` what the programs count, `padding` [B] the tokens before
-    each row that are none.
+    `tensors` [B, H, T, D] or [B, T, D] by name, `length` what the programs count, `padding` [B] the tokens
+    before each row that are none.
     """
 
     tensors: dict[str, Tensor]
@@ -231,7 +234,7 @@ class Package:
             code.bind({constant: tensors[key] for constant, key in constants.items()})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the program of a module, "forward", with what it was exported for; sizes may vary as they could."""
+        """Runs the program of a module, "forward"; sizes may vary as they could when it was exported."""
         if "forward" not in self._code:
             raise PackageError("this package is a decoder's; use caches(), step() and generate()")
         inputs, outputs = self._specs["forward"]
@@ -244,8 +247,8 @@ class Package:
     def caches(self, batch: int, size: int, padding: Tensor | None = None) -> Caches:
         """Returns empty caches for `batch` sequences of up to `size` tokens.
 
-        `padding` int64 [B] says how many tokens before each prompt are none, where the package was made with an
-        attention mask. Raises PackageError for sizes that the programs were not made for.
+        `padding` int64 [B] says how many tokens before each prompt are none, where the package was made with
+        an attention mask. Raises PackageError for sizes that the programs were not made for.
         """
         decoding = self._decoding()
         if padding is not None and not decoding.is_padded:
@@ -269,16 +272,14 @@ class Package:
         More than one token go through the program for prompts. Raises PackageError where they do not fit.
         """
         rows = ids.shape[-1]
-        if (
-            ids.dtype != torch.long
-            or tuple(ids.shape) != (caches.batch, rows)
-            or ids.device != self.device_of(ids)
-        ):
+        wanted = (torch.long, (caches.batch, rows), self.device)
+        if (ids.dtype, tuple(ids.shape), ids.device) != wanted:
             found = f"{ids.dtype} {list(ids.shape)} on {ids.device}"
             raise PackageError(f"ids are {found}; give int64 [{caches.batch}, S] on {self.device}")
         if caches.used + rows > caches.size:
             raise PackageError(
-                f"{caches.used} tokens and {rows} more do not fit into caches for {caches.size}; make larger ones"
+                f"{caches.used} tokens and {rows} more do not fit into caches for {caches.size}; make larger "
+                "ones"
             )
         name = "decode" if rows == 1 else "prefill"
         if rows != 1:
@@ -288,11 +289,6 @@ class Package:
         (logits,) = self._code[name](caches.flat(ids.contiguous()))
         caches.used += rows
         return logits
-
-    def device_of(self, ids: Tensor) -> torch.device:
-        """Returns the package's device with the number that tensors on it have."""
-        has_number = self.device.index is not None or self.device.type == "cpu"
-        return self.device if has_number or ids.device.type != self.device.type else ids.device
 
     def generate(self, ids: Tensor, caches: Caches, steps: int) -> Iterator[Tensor]:
         """Yields the likeliest token of each sequence [B], `steps` times, as they are found."""
@@ -350,14 +346,14 @@ def _problem(entry: Input, value: Any, info: ProgramInfo, sizes: dict[str, int],
         layout = "contiguous" if value.is_contiguous() else "not contiguous"
         wanted = ", ".join(map(str, entry.sizes))
         return f"has sizes {list(value.shape)}, {layout}; the program takes [{wanted}], contiguous"
-    for axis, (wanted, size) in enumerate(zip(entry.sizes, value.shape, strict=True)):
-        if isinstance(wanted, int):
-            if size != wanted:
-                return f"has {size} in dimension {axis}; the program takes {wanted}"
+    for axis, (name, size) in enumerate(zip(entry.sizes, value.shape, strict=True)):
+        if isinstance(name, int):
+            if size != name:
+                return f"has {size} in dimension {axis}; the program takes {name}"
             continue
-        low, high = info.ranges.get(wanted, (0, 1 << 62))
+        low, high = info.ranges.get(name, (0, 1 << 62))
         if not low <= size <= high:
             return f"has {size} in dimension {axis}; the program takes {low} to {high}"
-        if sizes.setdefault(wanted, size) != size:
-            return f"has {size} in dimension {axis}, where another argument has {sizes[wanted]}"
+        if sizes.setdefault(name, size) != size:
+            return f"has {size} in dimension {axis}, where another argument has {sizes[name]}"
     return ""

@@ -13,22 +13,12 @@ import torch
 __all__ = ["describe", "obstacle", "release"]
 
 # What compilers use of a processor, by the names that Linux gives it; other flags say nothing about code.
+# fmt: off
 _USED = (
-    "sse",
-    "ssse3",
-    "avx",
-    "fma",
-    "f16c",
-    "bmi",
-    "abm",
-    "popcnt",
-    "movbe",
-    "adx",
-    "aes",
-    "vaes",
-    "pclmul",
+    "sse", "ssse3", "avx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "aes", "vaes", "pclmul",
+    "vpclmul", "gfni", "sha_ni", "amx", "asimd", "sve",
 )
-_USED += ("vpclmul", "gfni", "sha_ni", "amx", "asimd", "sve", "bf16", "i8mm")
+# fmt: on
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -51,13 +41,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 def obstacle(made: Mapping[str, Any], device: torch.device) -> str:
     """Returns why code that was made so cannot run on a device here, and what to do; "" where it can."""
     if device.type != made["device"]:
-        return (
-            f"it was compiled for {made['device']}, not for {device.type}; export the model again on {device}"
-        )
+        return f"it was compiled for {made['device']}; export the model again on {device}"
     if release(made["torch"]) != release(str(torch.__version__)):
         return (
-            f"it was compiled under torch {made['torch']}, and this is torch {torch.__version__}: native code "
-            "of one release is not run under another; export the model again, or install that torch"
+            f"it was compiled under torch {made['torch']}, and this is torch {torch.__version__}: native "
+            "code of one release is not run under another; export the model again, or install that torch"
         )
     here = (sys.platform, platform.machine())
     if (made["platform"], made["machine"]) != here:

@@ -93,8 +93,8 @@ class Manifest:
         if found != FORMAT:
             age = "an older" if isinstance(found, int) and found < FORMAT else "a newer"
             raise PackageError(
-                f"{name!r} was written by {age} clsa ({data.get('clsa')}): its format is {found}, and this one "
-                f"reads {FORMAT}; export the model again, or install that clsa"
+                f"{name!r} was written by {age} clsa ({data.get('clsa')}): its format is {found}, and this "
+                f"one reads {FORMAT}; export the model again, or install that clsa"
             )
         try:
             return cls(

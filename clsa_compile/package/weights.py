@@ -32,13 +32,13 @@ class Collected:
 
     def add(self, name: str, value: Tensor) -> str:
         """Takes a tensor under a name of the model's; returns its key."""
-        identity = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        key = self._keys.setdefault(identity, name) if value.numel() else name
-        known = self.infos.get(key)
-        if known is not None:
-            if name not in known.names:
-                self.infos[key] = replace(known, names=(*known.names, name))
-            return key
+        identity = _identity(value)
+        if identity in self._keys:
+            self.name(name, value)
+            return self._keys[identity]
+        # Two programs may call different constants alike.
+        key = name if name not in self.infos else f"{name}#{len(self.infos)}"
+        self._keys[identity] = key
         dtype = str(value.dtype).removeprefix("torch.")
         record = None if name in self._outside else str(len(self.inside))
         self.infos[key] = TensorInfo(dtype, tuple(value.shape), tuple(value.stride()), (name,), record)
@@ -46,13 +46,23 @@ class Collected:
             self.inside[record] = value
         return key
 
+    def name(self, name: str, value: Tensor) -> None:
+        """Notes another name of a tensor, where it was taken: a checkpoint may know it by that one."""
+        key = self._keys.get(_identity(value))
+        if key is not None and name not in self.infos[key].names:
+            self.infos[key] = replace(self.infos[key], names=(*self.infos[key].names, name))
+
+
+def _identity(value: Tensor) -> Any:
+    return (value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
+
 
 def read(weights: Weights, wanted: Mapping[str, TensorInfo], device: torch.device) -> dict[str, Tensor]:
     """Returns tensors by key from what a user gives, on a device, laid out as programs want them.
 
     Raises PackageError where one is missing, or has another shape or dtype.
     """
-    found = weights if isinstance(weights, Mapping) else _Files(_files(weights))
+    found = weights if isinstance(weights, Mapping) else _Files(_files(weights), device)
     made = {}
     for key, info in wanted.items():
         name = next((name for name in info.names if name in found), None)
@@ -83,7 +93,7 @@ def _fitting(name: str, value: Tensor, info: TensorInfo, device: torch.device) -
 class _Files:
     """Tensors of safetensors files, by name; one is read when it is asked for."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], device: torch.device) -> None:
         try:
             from safetensors import safe_open
         except ImportError as error:
@@ -91,7 +101,7 @@ class _Files:
         self._opened: dict[str, Any] = {}
         for path in files:
             try:
-                opened: Any = safe_open(path, framework="pt", device="cpu")  # type: ignore[no-untyped-call]
+                opened: Any = safe_open(path, framework="pt", device=_place(device))
             except Exception as error:  # safetensors has an exception of its own for a damaged file
                 raise PackageError(f"the weights {os.fspath(path)!r} cannot be read: {error}") from error
             self._opened.update(dict.fromkeys(opened.keys(), opened))
@@ -102,6 +112,11 @@ class _Files:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._opened[name].get_tensor(name)
         return tensor
+
+
+def _place(device: torch.device) -> str:
+    """Returns a device as safetensors names it."""
+    return str(device) if device.type == "cpu" or device.index is not None else f"{device.type}:0"
 
 
 def _files(weights: Any) -> list[Path]:
