@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -18,7 +17,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from clsa_compile.capture.dynamo import placeholders, spell_out
 from clsa_compile.errors import CaptureError
@@ -100,10 +99,11 @@ def exported(program: ExportedProgram, captured: Captured) -> ExportedProgram:
 
     Tensors that passes added become constants of the program.
     """
-    graph = copy.deepcopy(captured.graph)
+    graph = _copied(captured.graph)
     module = GraphModule(captured.module, graph)
     constants = dict(program.constants)
-    added = [spec for node in list(graph.nodes) for spec in _lifted(module, node, constants)]
+    first = next(iter(graph.nodes))
+    added = [spec for node in list(graph.nodes) for spec in _lifted(module, node, first, constants)]
     signature = ExportGraphSignature(
         [*added, *program.graph_signature.input_specs],
         [_renamed(spec, arg) for spec, arg in zip(*_outputs(program, graph), strict=True)],
@@ -144,25 +144,24 @@ def constants_of(program: ExportedProgram) -> list[str]:
 
 
 def without_weights(program: ExportedProgram) -> ExportedProgram:
-    """Returns a program whose tensors have shapes and no memory, which is saved in a few kilobytes."""
-    mode = FakeTensorMode()
+    """Returns a program whose tensors are stubs of one element, to be replaced when it is loaded."""
 
-    def hollow(value: Any) -> Any:
+    def stub(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        with mode:
-            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        # Real ones: torch.export saves fake tensors as if all of them were one.
+        made = torch.zeros(1, dtype=value.dtype)
         is_parameter = isinstance(value, torch.nn.Parameter)
         return torch.nn.Parameter(made, requires_grad=False) if is_parameter else made
 
     return ExportedProgram(
         root=program.graph_module,
-        graph=copy.deepcopy(program.graph),
+        graph=_copied(program.graph),
         graph_signature=copy.deepcopy(program.graph_signature),
-        state_dict={name: hollow(value) for name, value in program.state_dict.items()},
+        state_dict={name: stub(value) for name, value in program.state_dict.items()},
         range_constraints=program.range_constraints,
         module_call_graph=copy.deepcopy(program.module_call_graph),
-        constants={name: hollow(value) for name, value in program.constants.items()},
+        constants={name: stub(value) for name, value in program.constants.items()},
         verifiers=program.verifiers,
     )
 
@@ -215,14 +214,22 @@ def _spell_out_constants(program: ExportedProgram, captured: Captured) -> None:
             spell_out(captured, node, value)
 
 
-def _lifted(module: GraphModule, node: Node, constants: dict[str, Any]) -> list[InputSpec]:
-    """Makes an input of a tensor that the graph reads from its module."""
+def _copied(graph: Graph) -> Graph:
+    """Returns a copy whose inputs are called as they were, also those that bear names of Python's own."""
+    made = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, made.nodes, strict=True):
+        if old.op == "placeholder":
+            new.name = old.name
+    return made
+
+
+def _lifted(module: GraphModule, node: Node, first: Node, constants: dict[str, Any]) -> list[InputSpec]:
+    """Makes an input, before the first one, of a tensor that the graph reads from its module."""
     if node.op != "get_attr":
         return []
     value = getattr(module, str(node.target))
     if not isinstance(value, Tensor):
         return []
-    first = next(iter(module.graph.nodes))
     with module.graph.inserting_before(first):
         made = module.graph.placeholder(f"c_{node.target}")
     made.meta.update(node.meta)
@@ -233,7 +240,7 @@ def _lifted(module: GraphModule, node: Node, constants: dict[str, Any]) -> list[
     return [InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=made.name), name)]
 
 
-def _outputs(program: ExportedProgram, graph: torch.fx.Graph) -> tuple[list[OutputSpec], list[Any]]:
+def _outputs(program: ExportedProgram, graph: Graph) -> tuple[list[OutputSpec], list[Any]]:
     output = next(node for node in graph.nodes if node.op == "output")
     return list(program.graph_signature.output_specs), list(output.args[0])
 

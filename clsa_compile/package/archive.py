@@ -1,6 +1,6 @@
 """Archives: a package's records, written by torch's own zip writer, read without it.
 
-`data/aotinductor/` is where torch looks for native code, `extra/` where it keeps what is not its own.
+`data/aotinductor/` is where torch looks for native code, `extra/` where it keeps texts that are not its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = ["Archive", "Contents", "write"]
 
 CODE = "data/aotinductor"
 EXTRA = "extra/clsa"
+PROGRAMS = "data/clsa"
 WEIGHTS = "data/weights"
 # Before a record's data: a fixed part, then its name and padding, whose lengths stand at 26.
 _HEADER, _LENGTHS = 30, 26
@@ -31,7 +32,8 @@ _HEADER, _LENGTHS = 30, 26
 class Contents:
     """What goes into an archive: texts and bytes, files of native code by program, and tensors."""
 
-    extra: dict[str, str | bytes] = field(default_factory=dict)
+    extra: dict[str, str] = field(default_factory=dict)
+    programs: dict[str, bytes] = field(default_factory=dict)
     code: dict[str, Sequence[Path]] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -41,9 +43,10 @@ def write(path: Path, contents: Contents) -> None:
     from torch.export.pt2_archive import PT2ArchiveWriter
 
     with PT2ArchiveWriter(os.fspath(path)) as archive:
-        for name, value in contents.extra.items():
-            data = value.encode() if isinstance(value, str) else value
-            archive.write_bytes(f"{EXTRA}/{name}", data)
+        for name, text in contents.extra.items():
+            archive.write_bytes(f"{EXTRA}/{name}", text.encode())
+        for name, data in contents.programs.items():
+            archive.write_bytes(f"{PROGRAMS}/{name}.pt2", data)
         for program, files in contents.code.items():
             for file in files:
                 archive.write_file(f"{CODE}/{program}/{file.name}", os.fspath(file))
@@ -76,19 +79,17 @@ class Archive:
         # torch puts everything into one folder.
         self._entries = {entry.filename.partition("/")[2]: entry for entry in entries}
 
-    def names(self, folder: str = "") -> list[str]:
-        """Returns the names of all records under `extra/clsa`, or of those in a folder there."""
-        inside = [n.removeprefix(f"{EXTRA}/") for n in self._entries if n.startswith(f"{EXTRA}/")]
-        return sorted(name for name in inside if name.startswith(folder))
-
-    def read(self, name: str) -> bytes:
-        """Returns a record under `extra/clsa`. Raises PackageError where there is none."""
-        start, size = self._place(f"{EXTRA}/{name}")
-        return os.pread(self._file, size, start)
+    def names(self) -> list[str]:
+        """Returns the names of all texts."""
+        return sorted(n.removeprefix(f"{EXTRA}/") for n in self._entries if n.startswith(f"{EXTRA}/"))
 
     def text(self, name: str) -> str:
-        """Returns a record that is a text."""
-        return self.read(name).decode("utf-8")
+        """Returns a text. Raises PackageError where there is none."""
+        return self._read(f"{EXTRA}/{name}").decode("utf-8")
+
+    def program(self, name: str) -> bytes:
+        """Returns a rewritten program as torch.export saved it. Raises PackageError where there is none."""
+        return self._read(f"{PROGRAMS}/{name}.pt2")
 
     def tensors(
         self, kept: Mapping[str, tuple[str, torch.dtype, Sequence[int], Sequence[int]]]
@@ -106,6 +107,10 @@ class Archive:
             empty = torch.empty(0, dtype=dtype)
             made[name] = (empty if flat is None else flat).as_strided(tuple(sizes), tuple(strides))
         return made
+
+    def _read(self, name: str) -> bytes:
+        start, size = self._place(name)
+        return os.pread(self._file, size, start)
 
     def _place(self, name: str) -> tuple[int, int]:
         """Returns where a record's data starts in the file, and its length."""

@@ -145,17 +145,17 @@ class _Built:
     def _contents(self, report: Report) -> Contents:
         """Returns texts, rewritten programs and native code."""
         plan = json.dumps([p.decision.plan.to_dict() for p in self.programs.values()], indent=1)
-        extra: dict[str, str | bytes] = {
+        extra = {
             "plan.json": plan,
             "report.txt": f"{report}\n",
             "report.json": json.dumps(report.to_dict(), indent=1),
         }
         for program in self.programs.values():
             extra |= program.texts
-            extra[f"programs/{program.name}.pt2"] = program.saved()
             if self.kind == "pt2":
                 program.compile(_hash(plan))
-        return Contents(extra, {name: p.files for name, p in self.programs.items() if p.files})
+        saved = {name: program.saved() for name, program in self.programs.items()}
+        return Contents(extra, saved, {name: p.files for name, p in self.programs.items() if p.files})
 
     def _collect(self, folder: Path, contents: Contents) -> Collected:
         """Returns the tensors that programs need, each once, and adds the manifest to the contents."""
@@ -179,7 +179,7 @@ class _Built:
             clsa=_version(),
             model=type(self.source.model).__name__,
             machine=describe(next(iter(self.programs.values())).device),
-            plan=_hash(str(contents.extra["plan.json"])),
+            plan=_hash(contents.extra["plan.json"]),
             programs=infos,
             tensors=collected.infos,
             decoding=self.source.decoding,

@@ -86,7 +86,11 @@ def _digest(file: int, size: int) -> str:
         return hashlib.sha256(os.pread(file, min(_PIECE, size - start), start)).digest()
 
     whole = hashlib.sha256(size.to_bytes(8, "little"))
+    starts = range(0, size, _PIECE)
+    if len(starts) == 1:
+        whole.update(piece(0))
+        return whole.hexdigest()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for part in pool.map(piece, range(0, size, _PIECE)):
+        for part in pool.map(piece, starts):
             whole.update(part)
     return whole.hexdigest()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def load(
     except OSError as error:
         raise PackageError(f"there is no package at {name!r}: {error}") from error
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise PackageError(f"there is no package at {name!r}: it is no file")
         found = check(file, name, trusted)
         if not trusted:
             message = f"{name!r} is not pinned, and holds native code: load it with digest={found!r}"
@@ -86,7 +89,7 @@ def _device(manifest: Manifest, device: str | torch.device | None) -> torch.devi
 
 
 def _check_plan(archive: Archive, manifest: Manifest, name: str) -> None:
-    if hashlib.sha256(archive.read("plan.json")).hexdigest() != manifest.plan:
+    if hashlib.sha256(archive.text("plan.json").encode()).hexdigest() != manifest.plan:
         raise PackageError(f"{name!r} holds another plan than the one that it was made with; export it again")
 
 
@@ -105,10 +108,7 @@ class Code(Protocol):
 
 def _runs(archive: Archive, manifest: Manifest, name: str, device: torch.device) -> dict[str, Code]:
     if manifest.kind == "program":
-        return {
-            key: _Graph(archive.read(f"programs/{key}.pt2"), info, device)
-            for key, info in manifest.programs.items()
-        }
+        return {key: _Graph(archive.program(key), info, device) for key, info in manifest.programs.items()}
     found: dict[str, Code] = {}
     for key in manifest.programs:
         runner = Runner(name, key, device)

@@ -195,9 +195,7 @@ def _inputs(program: ExportedProgram) -> tuple[Input, ...]:
             sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
             found.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), sizes))
         else:
-            raise ExportError(
-                f"the argument {spec.arg.name!r} is no tensor and may vary; give it as a tensor"
-            )
+            raise ExportError(f"the argument {spec.arg.name!r} is a number that may vary; give a tensor")
     return tuple(found)
 
 
@@ -213,9 +211,7 @@ def _plain(argument: ConstantArgument) -> Any:
 def _check_outputs(program: ExportedProgram) -> None:
     for spec in program.graph_signature.output_specs:
         if spec.kind == OutputKind.USER_OUTPUT and not isinstance(spec.arg, TensorArgument):
-            raise ExportError(
-                f"the model returns something that is no tensor: {spec.arg}; return tensors only"
-            )
+            raise ExportError(f"the model returns what is no tensor: {spec.arg}; return tensors only")
 
 
 def _ranges(program: ExportedProgram) -> dict[str, tuple[int, int]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,13 @@ from torch import Tensor, nn
 import clsa_compile
 from clsa_compile.testing import tiny
 
-# The wrapper around kernels is compiled without optimisation: seconds of a build, and nothing that tests look at.
-QUICK = {"inductor": {"aot_inductor.compile_wrapper_opt_level": "O0"}}
+
+@dataclass(frozen=True)
+class Built:
+    """A package that was written."""
+
+    path: Path
+    digest: str
 
 
 class Product(nn.Module):
@@ -43,30 +50,53 @@ def product() -> tuple[nn.Module, Callable[[int], tuple[tuple[Any, ...], dict[st
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> clsa_compile.Exported:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Built]:
+    """Builds a package unless another worker has: native code takes half a minute."""
+    root = tmp_path_factory.getbasetemp()
+    folder = root if worker_id == "master" else root.parent
+
+    def build(name: str, make: Callable[[Path], clsa_compile.Exported]) -> Built:
+        path, digest = folder / f"{name}.pt2", folder / f"{name}.digest"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not digest.exists():
+                digest.write_text(make(path).digest)
+        return Built(path, digest.read_text())
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small(once: Callable[..., Built]) -> Built:
     """A package of `Product` for any number of rows, as an exported program: it takes no compiler."""
-    rows = torch.export.Dim("rows", min=1, max=64)
-    args, kwargs = arguments(5)
-    shapes = {"pair": ({0: rows}, {0: rows}), "scale": None, "bias": None}
-    path = tmp_path_factory.mktemp("small") / "small.pt2"
-    return clsa_compile.export(
-        Product().eval(), args, kwargs, path=path, dynamic_shapes=shapes, format="program"
-    )
+
+    def make(path: Path) -> clsa_compile.Exported:
+        rows = torch.export.Dim("rows", min=1, max=64)
+        args, kwargs = arguments(5)
+        shapes = {"pair": ({0: rows}, {0: rows}), "scale": None, "bias": None}
+        module = Product().eval()
+        return clsa_compile.export(module, args, kwargs, path=path, dynamic_shapes=shapes, format="program")
+
+    return once("small", make)
 
 
 @pytest.fixture(scope="session")
 def llama() -> nn.Module:
     """A decoder of one layer whose embeddings are its head's weights too."""
-    return tiny("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    # Inductor writes tensors of up to 8 numbers into the code; frequencies of wider heads are a tensor.
+    return tiny("llama", num_hidden_layers=1, tie_word_embeddings=True, head_dim=32)
 
 
 @pytest.fixture(scope="session")
-def decoder(tmp_path_factory: pytest.TempPathFactory, llama: nn.Module) -> clsa_compile.Exported:
+def decoder(once: Callable[..., Built], llama: nn.Module) -> Built:
     """A package of `llama` with native code, padding, and its weights left out."""
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    path = tmp_path_factory.mktemp("decoder") / "decoder.pt2"
-    given = {"attention_mask": torch.ones_like(ids)}
-    return clsa_compile.export(llama, (ids,), given, path=path, options=QUICK, weights="outside")
+
+    def make(path: Path) -> clsa_compile.Exported:
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        given = {"attention_mask": torch.ones_like(ids)}
+        return clsa_compile.export(llama, (ids,), given, path=path, weights="outside")
+
+    return once("decoder", make)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +106,7 @@ def altered() -> Callable[..., Path]:
 
 
 def rewritten(source: Path, target: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    """Copies an archive with each record under `extra/clsa` as `change(name, data)` makes it, and seals it."""
+    """Copies an archive, each text of it as `change(name, data)` makes it, and seals the copy."""
     import zipfile
 
     from torch.export.pt2_archive import PT2ArchiveWriter

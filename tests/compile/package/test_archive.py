@@ -23,7 +23,7 @@ def path(tmp_path: Path) -> Path:
         "3": torch.tensor([True, False]),
     }
     path = tmp_path / "b.pt2"
-    write(path, Contents({"x.txt": "é", "y": b"\0\1"}, {"decode": [code]}, weights))
+    write(path, Contents({"x.txt": "é"}, {"y": b"\0\1\xff"}, {"decode": [code]}, weights))
     return path
 
 
@@ -33,7 +33,7 @@ def opened(path: Path) -> Archive:
 
 def test_records_come_back(path: Path) -> None:
     archive = opened(path)
-    assert (archive.text("x.txt"), archive.read("y"), archive.names()) == ("é", b"\0\1", ["x.txt", "y"])
+    assert (archive.text("x.txt"), archive.program("y"), archive.names()) == ("é", b"\0\1\xff", ["x.txt"])
 
 
 def test_tensors_lie_in_the_file_and_writing_them_does_not_change_it(path: Path) -> None:
@@ -64,7 +64,7 @@ def test_torch_finds_the_archive_as_its_own(path: Path) -> None:
 
 def test_a_missing_record(path: Path) -> None:
     with pytest.raises(PackageError, match=r"'b.pt2' holds no extra/clsa/z"):
-        opened(path).read("z")
+        opened(path).text("z")
 
 
 def test_what_is_no_archive(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_sizes_that_are_fixed_do_not_vary(llama: Any) -> None:
     decoder = Decoder(llama, (IDS,), {"attention_mask": IDS}, {"batch": 1, "cache": 64, "prompt": (2, 32)})
     traced = decoder.traced("prefill")
     ids, caches, length, padding = traced.args
-    assert (tuple(ids.shape), tuple(caches[0].shape), padding.shape) == ((1, 7), (1, 2, 64, 16), (1,))
+    assert (tuple(ids.shape), tuple(caches[0].shape), padding.shape) == ((1, 7), (1, 2, 64, 32), (1,))
     assert [set(entry) for entry in (traced.dynamic_shapes[0], traced.dynamic_shapes[1][0])] == [{1}, set()]
     assert traced.dynamic_shapes[0][1].max == 32
     assert length.shape == ()
@@ -86,7 +86,7 @@ def test_layers_that_keep_something_else() -> None:
         linear_value_head_dim=16,
         layer_types=["linear_attention", "full_attention"],
     )
-    with pytest.raises(ExportError, match="layer 0 of this qwen3_next keeps a .*, which is no static cache"):
+    with pytest.raises(ExportError, match=r"layer 0 of this qwen3_next keeps a .*, which is no static cache"):
         Decoder(model, (IDS,), {}, None)
 
 

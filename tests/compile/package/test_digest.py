@@ -45,7 +45,7 @@ def test_every_flipped_byte_is_noticed(sealed: tuple[Path, str]) -> None:
         bad = bytearray(good)
         bad[place] ^= 1 << (place % 8)
         path.write_bytes(bytes(bad))
-        with pytest.raises(PackageError, match="is damaged|is no clsa package"):
+        with pytest.raises(PackageError, match=r"is damaged|is no clsa package"):
             checked(path, digest)
 
 
@@ -54,7 +54,7 @@ def test_every_cut_and_every_addition_is_noticed(sealed: tuple[Path, str]) -> No
     good = path.read_bytes()
     for wrong in (*(good[:n] for n in range(0, len(good), 7)), good[:-1], good + b"\n", good + good, b""):
         path.write_bytes(wrong)
-        with pytest.raises(PackageError, match="is damaged|is no clsa package"):
+        with pytest.raises(PackageError, match=r"is damaged|is no clsa package"):
             checked(path)
 
 

@@ -48,7 +48,12 @@ class H100:
 
 @pytest.mark.parametrize(
     ("capability", "reason"),
-    [([9, 0], ""), ([8, 0], "machine code for sm 8.0"), ([10, 0], "is 9.0"), ([9, 1], "machine code for sm 9.1")],
+    [
+        ([9, 0], ""),
+        ([8, 0], "machine code for sm 8.0"),
+        ([10, 0], "is 9.0"),
+        ([9, 1], "machine code for sm 9.1"),
+    ],
 )
 def test_kernels_run_on_their_own_generation(
     capability: list[int], reason: str, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +71,9 @@ def test_kernels_run_on_their_own_generation(
 def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     made = {**describe(CPU), "device": "cuda", "capability": [9, 0], "name": "NVIDIA H100"}
-    assert obstacle(made, torch.device("cuda")) == "it was compiled for cuda, and there is no CUDA device here"
+    assert (
+        obstacle(made, torch.device("cuda")) == "it was compiled for cuda, and there is no CUDA device here"
+    )
 
 
 def test_a_processor_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,10 @@ def test_weights_are_read_from_what_there_is(form: str, tmp_path: Path) -> None:
     [
         ({"head": HEAD}, "lack 1 of the 2 tensors that the package needs, as 'turned'"),
         ({}, "lack 2 of the 2 tensors"),
-        ({"head": HEAD.half(), "turned": HEAD}, r"'head' is float16\[2, 3\]; the package was made for float32"),
+        (
+            {"head": HEAD.half(), "turned": HEAD},
+            r"'head' is float16\[2, 3\]; the package was made for float32",
+        ),
         ({"head": HEAD.T, "turned": HEAD}, r"'head' is float32\[3, 2\]"),
     ],
 )
