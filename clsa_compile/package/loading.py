@@ -290,16 +290,59 @@ class Package:
         caches.used += rows
         return logits
 
-    def generate(self, ids: Tensor, caches: Caches, steps: int) -> Iterator[Tensor]:
-        """Yields the likeliest token of each sequence [B], `steps` times, as they are found."""
+    def graphed(self, caches: Caches) -> Callable[[Tensor], Tensor]:
+        """Captures single steps over these caches as a CUDA graph; returns what replays it for ids [B, 1].
+
+        The logits that it returns are overwritten by the next step. Raises PackageError where there is no
+        GPU, and where the caches are full: one step runs before, into the slot that the next writes again.
+        """
+        self._decoding()
+        if self.device.type != "cuda":
+            raise PackageError(f"CUDA graphs are for CUDA devices, and this package is on {self.device}")
+        if caches.used >= caches.size:
+            raise PackageError("the caches are full; make larger ones")
+        return _graphed(self, self._code["decode"], caches)
+
+    def generate(
+        self, ids: Tensor, caches: Caches, steps: int, step: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[Tensor]:
+        """Yields the likeliest token of each sequence [B], `steps` times, as they are found.
+
+        `step` does those of single tokens, as `graphed` returns it.
+        """
         for _ in range(steps):
-            ids = self.step(ids, caches).argmax(dim=-1, keepdim=True)
+            logits = self.step(ids, caches) if step is None or ids.shape[1] > 1 else step(ids)
+            ids = logits.argmax(dim=-1, keepdim=True)
             yield ids[:, 0]
 
     def _decoding(self) -> Decoding:
         if self.manifest.decoding is None:
             raise PackageError("this package is no decoder's; call it as the module that it was made of")
         return self.manifest.decoding
+
+
+def _graphed(package: Package, run: Code, caches: Caches) -> Callable[[Tensor], Tensor]:
+    fixed = torch.zeros(caches.batch, 1, dtype=torch.long, device=package.device)
+    flat, held = caches.flat(fixed), caches.length.clone()
+    side = torch.cuda.Stream(package.device)
+    side.wait_stream(torch.cuda.current_stream(package.device))
+    with torch.cuda.stream(side):
+        run(flat)  # kernels are loaded by their first launch, which a graph cannot hold
+        caches.length.copy_(held)
+    torch.cuda.current_stream(package.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (logits,) = run(flat)
+
+    def step(ids: Tensor) -> Tensor:
+        if caches.used >= caches.size:
+            raise PackageError(f"the caches hold {caches.size} tokens, and are full; make larger ones")
+        fixed.copy_(ids)
+        graph.replay()
+        caches.used += 1
+        return logits
+
+    return step
 
 
 def _in_order(kwargs: Mapping[str, Any], spec: Any) -> dict[str, Any]:

@@ -248,6 +248,14 @@ def test_caches_that_do_not_fit(arguments: Any, reason: str, decoder: Any) -> No
         package.caches(*arguments)
 
 
+def test_cuda_graphs_are_for_gpus(decoder: Any, small: Any) -> None:
+    package = clsa_compile.load(decoder.path, digest=decoder.digest)
+    with pytest.raises(PackageError, match="CUDA graphs are for CUDA devices, and this package is on cpu"):
+        package.graphed(package.caches(1, 8))
+    with pytest.raises(PackageError, match="this package is no decoder's"):
+        clsa_compile.load(small.path, digest=small.digest).graphed(package.caches(1, 8))
+
+
 def test_two_packages_side_by_side(decoder: Any, small: Any, llama: Any, product: Any) -> None:
     one = clsa_compile.load(decoder.path, digest=decoder.digest, weights=dict(llama.state_dict()))
     other = {name: value * 2 for name, value in llama.state_dict().items()}
