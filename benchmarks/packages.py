@@ -7,8 +7,8 @@
 Weights are random, and lie in files. Each number is from a process of its own, counted from before it is
 started: `load` reads a package, with caches of compilers that are empty and stay so, and with Triton out of
 reach; `cold` compiles through `torch.compile(backend="clsa")` with empty caches, `warm` the same with the
-caches that `cold` left. `eager` and "inductor" are there to compare with. The first token is that of a prompt, the
-second that of the first single step, which is another graph.
+caches that `cold` left. `eager` and `inductor` are there to compare with. The first token is that of a
+prompt, the second that of the first single step, which is another graph.
 """
 
 import argparse

@@ -123,11 +123,14 @@ COMMANDS = (add_search, add_distill, add_evaluate, add_tasks, add_export)
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Writes a package and prints its digest."""
-    from clsa_compile.package.building import export
+    from clsa_compile.package.building import export, options_of, target_of
 
     options: dict[str, Any] = {} if arguments.topk is None else {"topk": arguments.topk}
     if arguments.share is not None:
         options["share"] = int(arguments.share) if arguments.share.isdigit() else arguments.share
+    # What cannot be is said before a model is loaded.
+    target_of(arguments.out, arguments.format, arguments.weights)
+    options_of(options, arguments.plan)
     sizes = {name: getattr(arguments, name) for name in ("batch", "prompt", "cache")}
     model, _, _ = load_model(arguments.model, arguments.device, arguments.dtype)
     ids = torch.zeros(1, 2, dtype=torch.long, device=arguments.device)

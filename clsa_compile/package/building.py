@@ -28,7 +28,7 @@ from clsa_compile.package.programs import Program, Source
 from clsa_compile.package.weights import Collected
 from clsa_compile.report import Report
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "export", "options_of", "target_of"]
 
 Format = Literal["pt2", "program", "mlir"]
 FORMATS = ("pt2", "program", "mlir")
@@ -75,8 +75,8 @@ def export(
     loaded. plan: what `share` takes, a plan or its file.
     Raises OptionError, CaptureError and ExportError; then nothing is written.
     """
-    chosen = _options(options, plan)
-    target = _target(path, format, weights)
+    chosen = options_of(options, plan)
+    target = target_of(path, format, weights)
     started = time.perf_counter()
     source = Source.of(model, tuple(args), dict(kwargs or {}), dynamic_shapes)
     programs = source.programs(chosen)
@@ -85,7 +85,8 @@ def export(
     return _Built(format, programs, source, weights).write(target, started)
 
 
-def _options(options: Mapping[str, Any] | None, plan: Any) -> Options:
+def options_of(options: Mapping[str, Any] | None, plan: Any) -> Options:
+    """Returns the options of an export. Raises OptionError for what cannot be."""
     given = dict(options or {})
     if plan is not None:
         if "share" in given:
@@ -94,7 +95,8 @@ def _options(options: Mapping[str, Any] | None, plan: Any) -> Options:
     return Options.read(given)
 
 
-def _target(path: str | os.PathLike[str], format: str, weights: str) -> Path:
+def target_of(path: str | os.PathLike[str], format: str, weights: str) -> Path:
+    """Returns where a package goes. Raises ExportError for a request that is spelled wrongly."""
     target = Path(path)
     for name, value, accepted in (("format", format, FORMATS), ("weights", weights, WEIGHTS)):
         if value not in accepted:
@@ -185,6 +187,7 @@ class _Built:
             decoding=self.source.decoding,
         )
         contents.extra["package.json"] = manifest.to_json()
+        contents.extra["layout.txt"] = manifest.layout()
         return collected
 
     def _outside(self) -> frozenset[str]:

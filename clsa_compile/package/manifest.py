@@ -82,6 +82,23 @@ class Manifest:
         """Returns the manifest as JSON."""
         return json.dumps(asdict(self), indent=1)
 
+    def layout(self) -> str:
+        """Returns what runs programs without Python must know, a line a thing, in words with blanks between.
+
+        Caches in order; "padded" where the programs take padding; each constant of each program, with its
+        record or "-", its sizes, strides and names in the model, which ";" divides.
+        """
+        lines = []
+        if self.decoding is not None:
+            lines += [_words("cache", c.name, c.dtype, *c.sizes) for c in self.decoding.caches]
+            lines += ["padded"] if self.decoding.is_padded else []
+        for name, program in self.programs.items():
+            for constant, key in program.constants.items():
+                info = self.tensors[key]
+                place = (info.dtype, info.record or "-", *info.sizes, ";", *info.strides, ";", *info.names)
+                lines.append(_words("constant", name, constant, *place))
+        return "".join(f"{line}\n" for line in lines)
+
     @classmethod
     def from_json(cls, text: str, name: str) -> Manifest:
         """Reads what `to_json` wrote. Raises PackageError for another format, and for what is no manifest."""
@@ -117,6 +134,10 @@ def dtype_of(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise PackageError(f"the package holds a tensor of {name!r}, which this torch does not know")
     return found
+
+
+def _words(*words: Any) -> str:
+    return " ".join(map(str, words))
 
 
 def _input(data: Any) -> Input:
