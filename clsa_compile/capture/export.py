@@ -18,12 +18,14 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_flatten
 
 from clsa_compile.capture.dynamo import placeholders, spell_out
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
 
 __all__ = [
+    "call_inputs",
     "callable_module",
     "capture_program",
     "constants_of",
@@ -92,6 +94,16 @@ def capture_program(program: ExportedProgram, inner: str = "") -> Captured:
     _spell_out_constants(program, captured)
     program.graph_module.recompile()
     return captured
+
+
+def call_inputs(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Returns what a call gives each input of a program's graph: weights, constants and arguments."""
+    given = iter(tree_flatten((args, kwargs))[0])
+    known = {**program.constants, **program.state_dict}
+    return [
+        next(given) if spec.kind == InputKind.USER_INPUT else known.get(str(spec.target))
+        for spec in program.graph_signature.input_specs
+    ]
 
 
 def exported(program: ExportedProgram, captured: Captured) -> ExportedProgram:

@@ -17,7 +17,14 @@ from torch.utils._pytree import tree_flatten
 
 from clsa_compile.aot import compile_module
 from clsa_compile.backend import carried_out, inductor_settings
-from clsa_compile.capture.export import callable_module, capture_program, exported, trace, without_weights
+from clsa_compile.capture.export import (
+    call_inputs,
+    callable_module,
+    capture_program,
+    exported,
+    trace,
+    without_weights,
+)
 from clsa_compile.capture.launches import launch_of
 from clsa_compile.config import Options
 from clsa_compile.dump.code import HEADER, code_of
@@ -117,7 +124,7 @@ class Program:
                 layers_of(captured, decision), predict(captured, decision, device_of(None))
             )
 
-        watch = Watch.open(options, tree_flatten((traced.args, traced.kwargs))[0])
+        watch = Watch.open(options, call_inputs(program, traced.args, traced.kwargs))
         captured, decision = carried_out(captured, options, watch, observe, look)
         if "program" not in kept:
             observe("rewritten", captured)  # nothing was rewritten

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clsa_compile.config import Options
 from clsa_compile.errors import ExportError
 from clsa_compile.package.programs import Source
+
+ROOT = Path(__file__).parents[3]
 
 
 @torch.library.custom_op("clsa_tests::doubled", mutates_args=())
@@ -62,3 +69,25 @@ def test_saved_programs_hold_no_weights() -> None:
     program = forward(nn.Linear(512, 512), torch.zeros(3, 512))
     assert len(program.saved()) < 100_000
     assert set(program.tensors()) >= {"weight", "bias"}
+
+
+def test_a_dump_of_a_program_reproduces_it(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.inner(x)[:, None]
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    source = Source.of(Attention().eval(), (torch.randn(2, 5, 16),), {}, None)
+    source.programs(Options.read({"dump": str(tmp_path)}))
+    (folder,) = tmp_path.iterdir()
+    assert {"repro.py", "01_canonical.py", "04_plan.json", "06_lowered.py", "timings.json"} <= {
+        file.name for file in folder.iterdir()
+    }
+    command = [sys.executable, "-W", "ignore", str(folder / "repro.py"), "--backend", "eager"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
