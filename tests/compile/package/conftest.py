@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,10 @@ def product() -> tuple[nn.Module, Callable[[int], tuple[tuple[Any, ...], dict[st
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Built]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
     """Builds a package unless another worker has: native code takes half a minute."""
     root = tmp_path_factory.getbasetemp()
-    folder = root if worker_id == "master" else root.parent
+    folder = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def build(name: str, make: Callable[[Path], clsa_compile.Exported]) -> Built:
         path, digest = folder / f"{name}.pt2", folder / f"{name}.digest"

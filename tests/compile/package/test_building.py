@@ -100,7 +100,7 @@ def test_what_a_package_holds(small: Any, decoder: Any) -> None:
     with zipfile.ZipFile(decoder.path) as archive:
         names = {entry.filename.partition("/")[2] for entry in archive.infolist()}
         manifest = json.loads(archive.read("decoder/extra/clsa/package.json"))
-    texts = {"plan.json", "report.txt", "report.json", "package.json"}
+    texts = {"plan.json", "report.txt", "report.json", "package.json", "layout.txt"}
     graphs = {f"graphs/{p}_{s}.py" for p in ("prefill", "decode") for s in ("before", "after", "lowered")}
     assert {n.removeprefix("extra/clsa/") for n in names if n.startswith("extra/")} == texts | graphs
     assert {"data/clsa/prefill.pt2", "data/clsa/decode.pt2"} <= names

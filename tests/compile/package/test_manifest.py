@@ -60,6 +60,16 @@ def test_what_is_no_manifest_is_refused(text: str) -> None:
         Manifest.from_json(text, "a.pt2")
 
 
+def test_the_layout_is_the_same_in_words() -> None:
+    assert MANIFEST.layout().splitlines() == [
+        "cache 0.keys float32 B 2 T 16",
+        "padded",
+        "constant decode a.w float32 0 2 3 ; 3 1 ; w v",
+    ]
+    left_out = replace(MANIFEST.tensors["w"], record=None)
+    assert "float32 - 2 3" in replace(MANIFEST, decoding=None, tensors={"w": left_out}).layout()
+
+
 def test_dtypes_by_name() -> None:
     assert dtype_of("bfloat16") is torch.bfloat16
     with pytest.raises(PackageError, match="a tensor of 'load'"):
