@@ -13,10 +13,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clsa_compile.backend import ClsaWarning
+import clsa_compile.dispatch  # noqa: F401 (contract ops can be called by themselves)
 from clsa_compile.config import Options
-from clsa_compile.errors import ClsaError, DistillError, OptionError, PlanError, StrictError
-from clsa_compile.inspection import Report, inspect
+from clsa_compile.errors import (
+    ClsaError,
+    ClsaWarning,
+    DistillError,
+    ExportError,
+    OptionError,
+    PackageError,
+    PlanError,
+    StrictError,
+)
 from clsa_compile.ir.plan import Group, Plan, SitePlan
 from clsa_compile.ir.sharing import SharingPlan
 
@@ -29,17 +37,25 @@ if TYPE_CHECKING:
     from clsa_compile.calibration.task_report import TaskReport
     from clsa_compile.calibration.tasks import evaluate_tasks
     from clsa_compile.checking import Check, check
+    from clsa_compile.inspection import Report, inspect
+    from clsa_compile.package.building import Exported, export
+    from clsa_compile.package.loading import Caches, Package, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Caches",
     "Check",
     "ClsaError",
     "ClsaWarning",
     "DistillError",
+    "ExportError",
+    "Exported",
     "Group",
     "OptionError",
     "Options",
+    "Package",
+    "PackageError",
     "Plan",
     "PlanError",
     "Quality",
@@ -53,12 +69,21 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "inspect",
+    "load",
     "search",
 ]
 
-# Few need these: importing clsa_compile stays cheap.
+# Not everyone needs these, and they take seconds to import: a package runs without any compiler.
 _LAZY = {
+    "Caches": "package.loading",
+    "Exported": "package.building",
+    "Package": "package.loading",
+    "Report": "inspection",
+    "export": "package.building",
+    "inspect": "inspection",
+    "load": "package.loading",
     "Check": "checking",
     "Quality": "calibration.quality",
     "TaskReport": "calibration.task_report",

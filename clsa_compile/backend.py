@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from clsa_compile.capture.dynamo import capture, higher_order, name_buffers, subclass_input, uses_autocast
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels, torch_kernels
-from clsa_compile.errors import ClsaError, MissingTritonError, OptionError, StrictError
+from clsa_compile.errors import ClsaError, ClsaWarning, MissingTritonError, OptionError, StrictError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan, SitePlan
 from clsa_compile.ir.routing import Request, Sharing
@@ -31,13 +31,10 @@ from clsa_compile.passes.savings import stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import shares
+from clsa_compile.saved import saveable
 from clsa_compile.watch import Stopped, Watch
 
 Compiled = Callable[..., Any]
-
-
-class ClsaWarning(UserWarning):
-    """Something was left as it was; the message says what, why, and the way out."""
 
 
 @roomy
@@ -118,21 +115,49 @@ def transform(gm: GraphModule, options: Options, watch: Watch | None = None) -> 
 
 
 def _transformed(gm: GraphModule, captured: Captured, options: Options, watch: Watch) -> GraphModule:
-    watch.stage("captured", captured)
-    decision = decided(captured, options, watch.stage)
+    captured, decision = carried_out(captured, options, watch)
+    if not _does_something(decision.plan):
+        return gm  # nothing to gain from another dialect
+    name_buffers(captured.module)
+    return captured.module
+
+
+def carried_out(
+    captured: Captured,
+    options: Options,
+    watch: Watch,
+    observe: Observer | None = None,
+    look: Callable[[Decision], None] | None = None,
+) -> tuple[Captured, Decision]:
+    """Takes a graph through the whole pipeline; returns it lowered, or as it was where nothing is to be done.
+
+    `observe` is told of each stage besides `watch`, and `look` of the decision, before the graph changes.
+    This is what both ways of compiling do, `torch.compile` and `export`.
+    """
+
+    def reached(stage: str, graph: Captured) -> None:
+        watch.stage(stage, graph)
+        if observe is not None:
+            observe(stage, graph)
+
+    reached("captured", captured)
+    decision = decided(captured, options, reached)
     watch.decision(captured, decision)
+    if look is not None:
+        look(decision)
     _count(decision.plan)
     _report(decision.plan, options)
-    if not any(entry.action != "left" for entry in decision.plan.sites):
-        watch.transformed(decision.plan)
-        return gm  # nothing to gain from another dialect
-    variants = variants_for(captured, options)
-    captured, choices = carry_out(captured, decision, variants, _wrap_triton, watch.stage)
-    name_buffers(captured.module)
-    watch.choices(choices)
-    _count_choices(decision.plan)
+    if _does_something(decision.plan):
+        variants = variants_for(captured, options)
+        captured, choices = carry_out(captured, decision, variants, _wrap_triton, reached)
+        watch.choices(choices)
+        _count_choices(decision.plan)
     watch.transformed(decision.plan)
-    return captured.module
+    return captured, decision
+
+
+def _does_something(plan: Plan) -> bool:
+    return any(entry.action != "left" for entry in plan.sites)
 
 
 def decided(captured: Captured, options: Options, observe: Observer | None = None) -> Decision:
@@ -268,13 +293,18 @@ def _warn_once(key: str, message: str) -> None:
 
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    patches: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
-    patches.update(options.inductor)
+    patches = inductor_settings(options)
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"
     with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
-    return compiled
+    return saveable(compiled)
+
+
+def inductor_settings(options: Options) -> dict[str, Any]:
+    """Returns what of Inductor's configuration differs from its defaults."""
+    settings: dict[str, Any] = dict(list_mode_options(options.mode)) if options.mode != "default" else {}
+    return settings | dict(options.inductor)
 
 
 def _report(plan: Plan, options: Options) -> None:

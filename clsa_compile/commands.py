@@ -1,4 +1,4 @@
-"""`clsa search`, `distill`, `evaluate`, `tasks`: a model and text files in, a plan or a report out."""
+"""`clsa search`, `distill`, `evaluate`, `tasks`, `export`: a model in; a plan, a report or a package out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.ir import files
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["COMMANDS", "Loaded", "check_files", "load", "windows"]
+__all__ = ["COMMANDS", "Loaded", "check_files", "load", "load_model", "windows"]
 
 # Tokens of a sequence, where the model takes as many.
 LENGTH = 2048
@@ -98,14 +98,74 @@ def add_tasks(commands: Any) -> None:
     parser.set_defaults(run=run_tasks)
 
 
-COMMANDS = (add_search, add_distill, add_evaluate, add_tasks)
+def add_export(commands: Any) -> None:
+    """Adds `clsa export`."""
+    parser = commands.add_parser("export", help="compile a decoder ahead of time, into one file")
+    parser.add_argument("model", type=Path, help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("--out", type=Path, required=True, help="the package's file (.pt2)")
+    parser.add_argument("--format", choices=("pt2", "program", "mlir"), default="pt2")
+    parser.add_argument("--weights", choices=("inside", "outside"), default="inside")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--padding", action="store_true", help="prompts may begin with padding")
+    parser.add_argument("--plan", type=Path, help="a plan that `clsa search` or `clsa distill` wrote")
+    parser.add_argument("--topk", type=int, help="the option 'topk', for dense models")
+    parser.add_argument("--share", help="the option 'share': a number or a schedule")
+    for name, what in (
+        ("batch", "sequences"),
+        ("prompt", "tokens of a prompt"),
+        ("cache", "slots of a cache"),
+    ):
+        parser.add_argument(f"--{name}", type=_size, help=f"{what}: a number, or a range such as 1:64")
+    parser.add_argument("--json", action="store_true", help="print size, digest and seconds as JSON")
+    parser.set_defaults(run=run_export)
+
+
+COMMANDS = (add_search, add_distill, add_evaluate, add_tasks, add_export)
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Writes a package and prints its digest."""
+    from clsa_compile.package.building import export, options_of, target_of
+
+    options: dict[str, Any] = {} if arguments.topk is None else {"topk": arguments.topk}
+    if arguments.share is not None:
+        options["share"] = int(arguments.share) if arguments.share.isdigit() else arguments.share
+    # What cannot be is said before a model is loaded.
+    target_of(arguments.out, arguments.format, arguments.weights)
+    options_of(options, arguments.plan)
+    sizes = {name: getattr(arguments, name) for name in ("batch", "prompt", "cache")}
+    model, _, _ = load_model(arguments.model, arguments.device, arguments.dtype)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=arguments.device)
+    made = export(
+        model,
+        (ids,),
+        {"attention_mask": torch.ones_like(ids)} if arguments.padding else None,
+        path=arguments.out,
+        options=options,
+        dynamic_shapes={name: size for name, size in sizes.items() if size is not None} or None,
+        plan=arguments.plan,
+        format=arguments.format,
+        weights=arguments.weights,
+    )
+    if arguments.json:
+        facts = {"digest": made.digest, "bytes": made.size, "seconds": dict(made.seconds)}
+        print(json.dumps({"path": os.fspath(made.path), **facts}, indent=1))
+    else:
+        print(f"{made.report}\n{made}")
+    return 0
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    least, colon, most = text.partition(":")
+    return (int(least), int(most)) if colon else int(least)
 
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Raises OptionError for a file that could not be written, before any work is done for it."""
     for name in ("out", "html", "heatmap"):
         path = getattr(arguments, name, None)
-        if path is None:
+        if path is None or getattr(arguments, "format", "") == "mlir":  # that is a folder
             continue
         try:
             files.check(path)
@@ -190,23 +250,37 @@ def run_tasks(arguments: argparse.Namespace) -> int:
 
 
 def load(path: Path, device: str, dtype: str) -> Loaded:
-    """Loads a Hugging Face folder or a GGUF file. Raises OptionError for what is neither."""
+    """Loads a Hugging Face folder or a GGUF file, with its tokenizer. Raises OptionError."""
+    model, folder, settings = load_model(path, device, dtype)
+    from transformers import AutoTokenizer
+
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return Loaded(model, AutoTokenizer.from_pretrained(folder, local_files_only=True, **settings))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _unloadable(path, error) from error
+
+
+def load_model(path: Path, device: str, dtype: str) -> tuple[Any, Path, dict[str, str]]:
+    """Loads a model alone; returns it with what finds its tokenizer. Raises OptionError."""
+    try:
+        from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise OptionError("loading a model needs transformers: pip install clsa[hf]") from error
     folder, settings = path, {}
     if path.suffix == ".gguf":
         folder, settings = path.parent, {"gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **settings)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], local_files_only=True, **settings
         )
-        return Loaded((_plain(model) if settings else model).to(device).eval(), tokenizer)
+        return (_plain(model) if settings else model).to(device).eval(), folder, settings
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OptionError(f"cannot load a model from {os.fspath(path)!r}: {reason}") from error
+        raise _unloadable(path, error) from error
+
+
+def _unloadable(path: Path, error: Exception) -> OptionError:
+    reason = str(error).partition("\n")[0]
+    return OptionError(f"cannot load a model from {os.fspath(path)!r}: {reason}")
 
 
 def windows(loaded: Loaded, files: Sequence[Path], length: int | None, most: int | None) -> list[Tensor]:

@@ -7,6 +7,10 @@ class ClsaError(Exception):
     """The base of every error that clsa raises on purpose."""
 
 
+class ClsaWarning(UserWarning):
+    """Something was left as it was, or deserves a look; the message says what, why, and the way out."""
+
+
 class OptionError(ClsaError, ValueError):
     """An option that is unknown, has the wrong type, or an impossible value."""
 
@@ -33,6 +37,14 @@ class VerifyError(ClsaError, AssertionError):
 
 class StrictError(ClsaError, RuntimeError):
     """Something was left as it was while `strict` was asked for."""
+
+
+class ExportError(ClsaError, RuntimeError):
+    """A model that cannot be written as a package, or the wrong request for one."""
+
+
+class PackageError(ClsaError, RuntimeError):
+    """A package that cannot be trusted, loaded or run as it was asked for."""
 
 
 class KernelError(ClsaError, RuntimeError):

@@ -123,9 +123,8 @@ def is_under(name: str, prefix: str) -> bool:
 
 def may_use_private_torch(path: str) -> bool:
     """Tells whether the file is one of those that may know torch's private modules."""
-    return path in ("clsa_compile/backend.py", "clsa_compile/aot.py") or path.startswith(
-        "clsa_compile/capture/"
-    )
+    known = ("clsa_compile/backend.py", "clsa_compile/saved.py", "clsa_compile/aot.py")
+    return path in known or path.startswith("clsa_compile/capture/")
 
 
 def violations(path: str, source: str, public: frozenset[str] = frozenset()) -> list[str]:
@@ -189,7 +188,7 @@ def torch_problems(path: str, name: str) -> Iterator[str]:
     """Yields what is wrong with a use of a private torch module."""
     private = next((prefix for prefix in PRIVATE_TORCH if is_under(name, prefix)), None)
     if private and not may_use_private_torch(path):
-        yield f"{private} is private: backend.py, capture/ and aot.py may use it"
+        yield f"{private} is private: backend.py, saved.py, capture/ and aot.py may use it"
     elif is_under(name, COUNTERS) and path != "clsa_compile/backend.py":
         yield f"{COUNTERS} is for backend.py alone"
 

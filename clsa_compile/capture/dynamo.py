@@ -16,7 +16,15 @@ from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.emit import Emitter
 
-__all__ = ["GraphBreak", "capture", "higher_order", "placeholders", "subclass_input", "uses_autocast"]
+__all__ = [
+    "GraphBreak",
+    "capture",
+    "higher_order",
+    "placeholders",
+    "spell_out",
+    "subclass_input",
+    "uses_autocast",
+]
 
 # Inductor reads these to know which inputs have static addresses; without them it skips CUDA graphs.
 _SPELLED = 64
@@ -113,18 +121,32 @@ def _spell_out_constants(captured: Captured) -> None:
         value = getattr(module, str(node.target), None)
         if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
             continue
-        if value.numel() > _SPELLED:
+        if not spell_out(captured, node, value):
             # A plain attribute is a constant to AOTAutograd, a buffer is not.
             delattr(module, str(node.target))
             object.__setattr__(module, str(node.target), value)
             continue
-        with module.graph.inserting_before(node):
-            made = _spelled(Emitter(captured, node), value)
-        _replace_lifted(module, node, made)
+        module.graph.erase_node(node)
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for name in [n for n, _ in module.named_buffers(recurse=False) if n not in used]:
         delattr(module, name)
     module.recompile()
+
+
+def spell_out(captured: Captured, node: Node, value: torch.Tensor) -> bool:
+    """Lets ops that make a small constant stand for a node that holds it; tells whether it is small enough.
+
+    The node stays, and nothing reads it any more.
+    """
+    if value.numel() > _SPELLED:
+        return False
+    # Ops stand after all inputs.
+    is_input = node.op == "placeholder"
+    place = next(n for n in captured.graph.nodes if n in node.users) if is_input else node
+    with captured.graph.inserting_before(place):
+        made = _spelled(Emitter(captured, node), value)
+    _replace_lifted(captured.module, node, made)
+    return True
 
 
 def _replace_lifted(module: GraphModule, node: Node, made: Node) -> None:
@@ -134,8 +156,8 @@ def _replace_lifted(module: GraphModule, node: Node, made: Node) -> None:
     for user in list(node.users):
         if user.target in lifts:
             _replace_lifted(module, user, made)
+            module.graph.erase_node(user)
     node.replace_all_uses_with(made)
-    module.graph.erase_node(node)
 
 
 def _spelled(emit: Emitter, value: torch.Tensor) -> Node:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from clsa_compile.backend import ClsaWarning, transform
+from clsa_compile.backend import transform
 from clsa_compile.checking.calls import Backend, Call
 from clsa_compile.checking.differences import Check, Measure, differences
 from clsa_compile.config import Options
-from clsa_compile.errors import ClsaError
+from clsa_compile.errors import ClsaError, ClsaWarning
 from clsa_compile.ir.skips import PASSES
 
 __all__ = ["blame", "interpreted", "least"]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import clsa_compile
 from clsa_compile import commands
 from clsa_compile.__main__ import main
 from clsa_compile.calibration import tasks
@@ -203,3 +205,45 @@ def test_mistakes_are_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_export_writes_a_package_and_prints_its_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No tokenizer lies beside the model: it takes none.
+    tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    path = tmp_path / "a.pt2"
+    sizes = ("--batch", "1", "--cache", "32:64", "--prompt", "2:16")
+    asked = ("export", str(tmp_path / "model"), "--out", str(path), "--format", "program", "--device", "cpu")
+    assert main([*asked, *sizes, "--padding", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["path"], facts["bytes"]) == (str(path), path.stat().st_size)
+    package = clsa_compile.load(path, digest=facts["digest"])
+    assert package.step(torch.zeros(1, 3, dtype=torch.long), package.caches(1, 40)).shape == (1, 128)
+    assert package.manifest.decoding.is_padded
+    with pytest.raises(clsa_compile.PackageError, match="has 2 in dimension 0; the program takes 1"):
+        package.caches(2, 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("missing", "--out", "a.pt2"), "cannot load a model from"),
+        (("model", "--out", "a.zip"), "a package's file ends in .pt2"),
+        (("model", "--out", "a.pt2", "--topk", "0"), "'topk' is 0"),
+        (("model", "--out", "a.pt2", "--batch", "4:2"), "dynamic_shapes['batch'] is (4, 2)"),
+    ],
+)
+def test_export_says_what_cannot_be(
+    arguments: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    folder, *rest = arguments
+    given = ["export", str(tmp_path / folder), "--device", "cpu", "--format", "program", *rest]
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    # Hugging Face's own progress comes before.
+    last = err.rstrip("\n").rpartition("\n")[2]
+    assert last.startswith("clsa: ")
+    assert reason in last
