@@ -384,8 +384,9 @@ def index_topk_reference(
 def _best(scores: Tensor, topk: int) -> Tensor:
     """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where they end."""
     keys = scores.shape[-1]
-    missing = topk - keys
-    if isinstance(missing, int) and missing > 0:
+    # A number that is not known may be smaller than topk: no graph is to assume that it is not.
+    missing = max(0, topk - keys) if isinstance(keys, int) else topk
+    if missing:
         scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
     values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     values, order = values[..., :topk], order[..., :topk]

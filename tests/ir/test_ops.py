@@ -504,3 +504,18 @@ def test_contract_ops_are_told_from_others() -> None:
     assert contract_op(torch.ops.aten.add.Tensor) is None
     assert contract_op(torch.add) is None
     assert contract_op("placeholder") is None
+
+
+def test_a_number_of_keys_that_is_not_known_may_be_smaller_than_topk() -> None:
+    """Compiled for any number of keys, nothing may assume that there are as many as are selected."""
+
+    class Chosen(torch.nn.Module):
+        def forward(self, mass: torch.Tensor) -> torch.Tensor:
+            return select_topk_reference(mass, None, 8, 1, 2)
+
+    keys = torch.export.Dim("keys", min=2, max=64)
+    program = torch.export.export(Chosen(), (torch.rand(1, 1, 2, 20),), dynamic_shapes=({3: keys},))
+    assert [(int(r.lower), int(r.upper)) for r in program.range_constraints.values()] == [(2, 64)]
+    for count in (2, 7, 8, 9, 40):
+        mass = torch.rand(1, 1, 2, count)
+        assert torch.equal(program.module()(mass), select_topk_reference(mass, None, 8, 1, 2))
