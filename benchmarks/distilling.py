@@ -147,7 +147,10 @@ class Bench:
 def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[Any, float]:
     """Trains the indices of so many groups, or takes what was trained before; also returns the seconds."""
     begins = "-".join(map(str, arguments.starts or (groups,)))
-    path = bench.folder / f"{begins}-of-{arguments.steps}-{arguments.length}-{arguments.score}.json"
+    path = (
+        bench.folder
+        / f"{begins}-of-{arguments.steps}-{arguments.length}-{arguments.score}-{arguments.target}.json"
+    )
     if path.is_file():
         return clsa_compile.SharingPlan.load(path), 0.0
     start = time.perf_counter()
@@ -158,6 +161,7 @@ def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[A
         groups=arguments.starts or groups,
         steps=arguments.steps,
         score=arguments.score,
+        target=arguments.target,
         kv_heads=arguments.key_heads,
         folder=bench.folder,
     )
@@ -253,6 +257,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--anchors", type=int, nargs="*", default=ANCHORS)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--score", default="mixture")
+    parser.add_argument("--target", default="attention")
     parser.add_argument("--key-heads", type=int)
     parser.add_argument("--windows", type=int, default=MOST, help="of each kind of text to learn from")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")

@@ -12,7 +12,7 @@ from torch import Tensor
 from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.finding import Found, found
 from clsa_compile.calibration.given import Model, sequences
-from clsa_compile.calibration.index_training import FORMS
+from clsa_compile.calibration.index_training import FORMS, TARGETS
 from clsa_compile.calibration.judging import Judge
 from clsa_compile.calibration.mass_finder import POWER
 from clsa_compile.calibration.mixture import Costs, Selection, Table
@@ -48,6 +48,7 @@ class Wanted:
     score: str = "mixture"
     kv_heads: int | None = None
     seed: int = 0
+    target: str = "attention"
 
     def __post_init__(self) -> None:
         if self.topk is not None and self.groups is None and self.budget is None:
@@ -66,6 +67,7 @@ class Wanted:
             ("budget", self.budget is None or is_budget(self.budget), "a number above 0, such as 0.01"),
             ("steps", is_count(self.steps, 1), "a number from 1"),
             ("score", self.score in FORMS, " or ".join(map(repr, FORMS))),
+            ("target", self.target in TARGETS, " or ".join(map(repr, TARGETS))),
             ("kv_heads", self.kv_heads is None or is_count(self.kv_heads, 1), "a number from 1, or None"),
             ("seed", is_count(self.seed, 0, MOST_SEED), f"0 to {MOST_SEED}"),
         )
@@ -86,7 +88,7 @@ class Wanted:
     @property
     def training(self) -> Training:
         """How to train, for a dense model."""
-        return Training(self.topk or 0, self.steps, self.score, self.kv_heads, self.seed)
+        return Training(self.topk or 0, self.steps, self.score, self.kv_heads, self.seed, target=self.target)
 
     def check(self, layers: int) -> None:
         """Raises OptionError where a dense model has not enough layers."""
@@ -99,7 +101,7 @@ class Wanted:
     def check_own(self) -> None:
         """Raises OptionError for what indexers that a model has cannot be asked."""
         plain = Wanted(self.topk, steps=self.steps, seed=self.seed)
-        for name in ("groups", "budget", "score", "kv_heads"):
+        for name in ("groups", "budget", "score", "kv_heads", "target"):
             if getattr(self, name) != getattr(plain, name):
                 raise OptionError(
                     f"{name!r} is {getattr(self, name)!r}, but this model has indexers of its own, which are "
@@ -116,6 +118,7 @@ def distill(
     budget: float | None = None,
     steps: int = 2000,
     score: str = "mixture",
+    target: str = "attention",
     kv_heads: int | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -129,7 +132,8 @@ def distill(
 
     The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
     all key heads of it or the best `kv_heads`, by queries of its own; it learns from the mean attention of
-    the group's layers and heads (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
+    the group's layers and heads (CLSA, arXiv 2606.06467) or, with the `target` "worth", from what the tokens
+    that they look at are worth to the model's loss, a sequence a step. `batches` are token ids [B, T]
     or [T], many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
     or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
     perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
@@ -137,7 +141,7 @@ def distill(
     plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails.
     """
     chosen = groups if groups is None or isinstance(groups, int) else tuple(groups)
-    wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed)
+    wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed, target)
     return train(model, batches, wanted, folder, progress).plan
 
 

@@ -177,8 +177,11 @@ class Forward:
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
         return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured), self._weights)
 
-    def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor]) -> Probe:
-        """Returns the model's own forward with the indices of pools, which count layers that may share."""
+    def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor], whole: bool = True) -> Probe:
+        """Returns the model's own forward with the indices of pools, which count layers that may share.
+
+        Unless it is to be `whole`, it ends with the layer of the last index.
+        """
         captured = capture(self._source)
         decision = decide(captured)
         sites = {site.ordinal: site for site in decision.sites.attention}
@@ -191,10 +194,12 @@ class Forward:
             with captured.graph.inserting_before(site.out):
                 wanted += index_operands(Emitter(captured, site.out), site, pool.index, constants)
         output = next(node for node in captured.graph.nodes if node.op == "output")
-        output.args = ((*output.args[0], *wanted),)
+        last = sites[self.ordinals[max(pool.anchor for pool in pools)]].out
+        output.args = ((*output.args[0], *wanted, last),)
         rewrite(captured, decision.sites, decision.plan)
+        last = output.args[0][-1]
         _cut(captured)
-        output.args = ((output.args[0][0], *wanted),)
+        output.args = ((output.args[0][0] if whole else last, *wanted),)
         drop_dead(captured.graph)
         captured.module.recompile()
         positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}

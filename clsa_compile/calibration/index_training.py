@@ -18,11 +18,13 @@ from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Probe
 from clsa_compile.ir.routing import Index, Pool
 
-__all__ = ["FORMS", "Loss", "best_heads", "divergence", "initial", "losses"]
+__all__ = ["FORMS", "TARGETS", "Loss", "best_heads", "divergence", "initial", "losses"]
 
 # Scores that an index can have, by name. A mixture of softmaxes is what mean attention is: the weight of a
 # head is then the logarithm of its part, less the logarithm of its sum.
 FORMS = {"mixture": "sum: exp(dot + weight)", "lightning": "sum: weight*Max(0, dot)"}
+# What an index may learn, by name: where its layers look, or what that is worth to the loss (`records`).
+TARGETS = ("attention", "worth")
 # Keeps the mixture's sums near 1, so that no score is too large for single precision.
 SPREAD = 1e-4
 
@@ -60,24 +62,46 @@ class _Seen:
 
     def tap(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
         """Adds a layer's attention to its group's, and keeps what its first layer's key heads look at."""
+        self.mask(layer, call, out, None)
         keys = call.k.shape[2]
-        i, pool = next((i, pool) for i, pool in enumerate(self.pools) if layer in pool.members)
+        i, pool = self._of(layer)
         with torch.no_grad():
             probabilities = call.probabilities(self.rows, keys)[0]
             seen = probabilities.mean(0) / len(pool.members)
             self.targets[i] = self.targets[i] + seen if i in self.targets else seen
             if layer == pool.anchor:
                 self.anchors[i] = probabilities.view(call.k.shape[1], -1, *seen.shape).sum(1)
-                self.allowed[i], self.scales[i] = call.allowed(self.rows, keys), call.scale
         return out
+
+    def mask(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
+        """Keeps what a group's first layer may read, and how its dot products are scaled."""
+        i, pool = self._of(layer)
+        if layer == pool.anchor:
+            self.allowed[i], self.scales[i] = call.allowed(self.rows, call.k.shape[2]), call.scale
+        return out
+
+    def _of(self, layer: int) -> tuple[int, Pool]:
+        return next((i, pool) for i, pool in enumerate(self.pools) if layer in pool.members)
 
 
 def losses(
-    probe: Probe, pools: Sequence[Pool], tensors: Mapping[str, Tensor], ids: Tensor, rows: Tensor
+    probe: Probe,
+    pools: Sequence[Pool],
+    tensors: Mapping[str, Tensor],
+    ids: Tensor,
+    rows: Tensor,
+    worth: Sequence[Tensor] | None = None,
 ) -> list[Loss]:
-    """Returns the loss of each pool's index in some rows [n] of ids [1, T]."""
+    """Returns the loss of each pool's index in some rows [n] of ids [1, T].
+
+    What is learned is the mean attention of a pool's layers or, where it is given, their `worth` [n, T].
+    """
     seen = _Seen(pools, rows)
-    operands = probe.run(ids, seen.tap, tensors)
+    operands = probe.run(ids, seen.tap if worth is None else seen.mask, tensors)
+    if worth is not None:
+        for i, pool in enumerate(pools):
+            total = torch.stack([worth[member] for member in pool.members]).sum(0)
+            seen.targets[i] = total / total.sum(-1, keepdim=True).clamp(min=1e-30)
     return [
         _loss(pool, operands[i], seen.targets[i], seen.allowed[i], seen.scales[i], rows)
         for i, pool in enumerate(pools)

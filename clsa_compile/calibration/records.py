@@ -93,8 +93,13 @@ def recorded(
     return found
 
 
-def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> Record:
-    """Runs the dense graph over ids [1, T] forwards and backwards, and returns what the rows looked at."""
+def record(
+    graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int, start: int | None = None
+) -> Record:
+    """Runs the dense graph over ids [1, T] forwards and backwards, and returns what the rows looked at.
+
+    The loss is that of rows from `start` on, by default the second half.
+    """
     taps: list[_Tap] = []
     rows = rows.to(ids.device)
 
@@ -110,7 +115,7 @@ def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> 
 
     with torch.enable_grad():
         hidden, others = graph.run(ids, tap)
-        _backward(graph, hidden, others, ids.shape[1] // 2, seed)
+        _backward(graph, hidden, others, ids.shape[1] // 2 if start is None else start, seed)
     parts = [_moved(tap, rows) for tap in taps]
     unit = max(float(x.max()) for pair in parts for x in pair) or 1.0
     return Record(

@@ -27,8 +27,8 @@ WARM_UP = 20
 class Training:
     """How to train: so many steps, a sequence each, of which so many rows are looked at.
 
-    score: a name in `index_training.FORMS`. kv_heads: how many key heads an index reads, None
-    for all. query_rate, head_rate: what Adam's learning rates begin with; they fall to 0 along a cosine.
+    score, target: names in `index_training.FORMS` and `TARGETS`. kv_heads: how many key heads an index reads,
+    None for all. query_rate, head_rate: what Adam's learning rates begin with; they fall to 0 along a cosine.
     topk: tokens that will be selected; rows that may read no more teach nothing.
     """
 
@@ -40,6 +40,7 @@ class Training:
     rows: int = 256
     query_rate: float = 3e-3
     head_rate: float = 1e-2
+    target: str = "attention"
 
 
 class Student(Protocol):

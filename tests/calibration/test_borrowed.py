@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.records import record
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Training
 from clsa_compile.errors import OptionError
@@ -31,6 +32,54 @@ def test_indices_begin_as_their_layers_own_queries(model: Any, tokens: list[Tens
         for number in range(2)
         for name, rate in (("query", 0.5), ("head", 0.25), ("bias", 0.25))
     }
+
+
+def test_what_is_learned_may_be_the_worth_of_tokens(model: Any, tokens: list[Tensor]) -> None:
+    """The worth is `record`'s, over the rows' own losses, added up in a group; a row counts as any other."""
+    student = make(model, tokens, Training(topk=8, target="worth"))
+    ids, rows = tokens[0][:1], torch.tensor([12, 30, 41])
+    graph = student._known.forward(ids).graph()
+    found = record(graph, ids, rows, 1.0, 0, 12).first
+    for i, members in enumerate(((0, 1, 2), (3, 4))):
+        worth = torch.stack([found[m][0].float() for m in members]).sum(0)
+        target = (worth / worth.sum(-1, keepdim=True)).double()
+        scores = student_scores(student, i, ids, rows).double()
+        logs = scores.log_softmax(-1).masked_fill(target == 0, 0.0)
+        expected = torch.where(target > 0, target * (target.log() - logs), 0.0).sum(-1).mean()
+        loss = student.losses(ids, rows)[i].divergence.double()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def student_scores(student: Borrowed, i: int, ids: Tensor, rows: Tensor) -> Tensor:
+    """The scores [n, T] of an index, by its operands in the whole graph."""
+    probe = student._known.forward(ids).probe(student._pools, student.tensors)
+    scales = {}
+
+    def tap(layer: int, call: Any, out: Tensor, _: Any) -> Tensor:
+        scales[layer] = call.scale
+        return out
+
+    with torch.no_grad():
+        q, k, weight = probe.run(ids, tap, student.tensors)[i]
+    dot = q[0][:, rows] @ k[0].repeat_interleave(2, 0).mT * scales[student._pools[i].anchor]
+    scores = (dot + weight[0][:, rows, None]).logsumexp(0)
+    causal = torch.arange(ids.shape[1]) <= rows[:, None]
+    return scores.masked_fill(~causal, -torch.inf)
+
+
+def test_where_worth_is_learned_the_graph_ends_with_the_last_groups_first_layer(
+    model: Any, tokens: list[Tensor]
+) -> None:
+    sizes = {}
+    for target in ("attention", "worth"):
+        student = make(model, tokens, Training(topk=8, target=target))
+        (probe,) = student._probes.values()
+        sizes[target] = len(probe.module.graph.nodes)
+        seen: list[int] = []
+        with torch.no_grad():
+            probe.run(tokens[0][:1], lambda layer, _, out, __: (seen.append(layer), out)[1], student.tensors)  # noqa: B023
+        assert seen == ([0, 1, 2, 3, 4] if target == "attention" else [0, 1, 2, 3])
+    assert sizes["worth"] < 0.9 * sizes["attention"]
 
 
 def test_its_plan_holds_copies(model: Any, tokens: list[Tensor]) -> None:

@@ -125,6 +125,7 @@ class _Increase:
         ({"topk": 48}, "a sequence of 48 tokens is too short for topk=48"),
         ({"steps": 0}, "'steps' is 0"),
         ({"score": "dot"}, "'score' is 'dot'; accepted: 'mixture' or 'lightning'"),
+        ({"target": "mass"}, "'target' is 'mass'; accepted: 'attention' or 'worth'"),
         ({"budget": -1.0}, "'budget' is -1.0; accepted: a number above 0"),
         ({"kv_heads": 3}, "kv_heads=3, but layer 0 has 2"),
     ],

@@ -61,9 +61,9 @@ def test_a_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(tmp_path))
     from attention_of_tests import Attention, arguments  # type: ignore[import-not-found]
 
-    monkeypatch.setattr(torch._dynamo.config, "enable_aot_compile", True)
     model = Attention().eval()
-    with torch.no_grad():
+    # Not monkeypatch, which takes what is at its default for missing, and then deletes it.
+    with torch.no_grad(), torch._dynamo.config.patch(enable_aot_compile=True):
         compiled: Any = torch.compile(Attention.forward, backend=clsa, fullgraph=True)
         saved = compiled.aot_compile(((model, arguments()), {}))
         assert isinstance(saved._artifacts.compiled_fn, Saved)

@@ -124,8 +124,9 @@ def test_mlir_is_handed_the_rewritten_programs(
 
     seen = {}
 
-    def write(programs: Any, path: Path) -> int:
+    def write(programs: Any, path: Path, *, weights: bool, inner: str) -> int:
         seen.update(programs)
+        assert (weights, inner) == (True, "model")
         return 7
 
     module = types.ModuleType("clsa_compile.mlir")
