@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import Bench as Steps
+from decode import Setting
 from rich.console import Console
-from shapes import Case, filled_cache, rewind
+from shapes import Case, filled_cache
 from smollm2 import load
 from texts import Slice, calibration, evaluation, tokens, training, windows
-from timing import forget_compiled
 from timing import measure as timed
 from torch import Tensor
 
@@ -66,9 +67,8 @@ class Clock:
     def __init__(self, folder: Path | None, case: Case, kept: Path) -> None:
         self._kept, self._case, self._device = kept, case, torch.device("cuda")
         self._known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
-        self._model, _ = load(folder, "cuda", torch.bfloat16)
-        self._cache = filled_cache(self._model, case)
-        self._ids = torch.full((case.batch, 1), 7, device=self._device)
+        model, _ = load(folder, "cuda", torch.bfloat16)
+        self._steps = Steps(case, model, filled_cache(model, case), self._device)
 
     def milliseconds(self, plan: Any) -> float:
         """Gives the time of a step on the device; without a plan, of the exact one."""
@@ -79,18 +79,10 @@ class Clock:
         return self._known[name]
 
     def _measured(self, plan: Any) -> float:
-        forget_compiled(self._device)
-        options: dict[str, Any] = {"mode": "reduce-overhead"}
-        if plan is not None:
-            options["share"] = replace(plan, model=None)  # the weights are the same, rounded
-        run = torch.compile(self._model, backend="clsa", options=options, dynamic=False)
-
-        def step() -> None:
-            with torch.no_grad():
-                torch.compiler.cudagraph_mark_step_begin()
-                run(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
-
-        return timed(step, lambda: rewind(self._cache, self._case.filled), self._device).device
+        # The weights are the same, rounded.
+        options = {} if plan is None else {"share": replace(plan, model=None)}
+        run, ids = self._steps.compile(Setting("clsa", options), replay=True), self._steps.ids(1)
+        return timed(lambda: self._steps.step(run, ids), self._steps.rewind, self._device).device
 
 
 class Bench:

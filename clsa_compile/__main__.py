@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clsa_compile.commands import COMMANDS, check_files
+from clsa_compile.commands import COMMANDS, check_files, share_of
 from clsa_compile.configurations import GRAPHS, Inspected, inspect_configuration
 from clsa_compile.errors import ClsaError
 from clsa_compile.prediction import LENGTHS
@@ -71,7 +71,7 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
     if arguments.topk is not None:
         options["topk"] = arguments.topk
     if arguments.share is not None:
-        options["share"] = int(arguments.share) if arguments.share.isdigit() else arguments.share
+        options["share"] = share_of(arguments.share)
     found = inspect_configuration(
         arguments.config or arguments.path,
         prompt=arguments.prompt,

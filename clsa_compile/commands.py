@@ -21,7 +21,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.ir import files
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["COMMANDS", "Loaded", "check_files", "load", "load_model", "windows"]
+__all__ = ["COMMANDS", "Loaded", "check_files", "load", "load_model", "share_of", "windows"]
 
 # Tokens of a sequence, where the model takes as many.
 LENGTH = 2048
@@ -131,7 +131,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
     options: dict[str, Any] = {} if arguments.topk is None else {"topk": arguments.topk}
     if arguments.share is not None:
-        options["share"] = int(arguments.share) if arguments.share.isdigit() else arguments.share
+        options["share"] = share_of(arguments.share)
     # What cannot be is said before a model is loaded.
     target_of(arguments.out, arguments.format, arguments.weights)
     options_of(options, arguments.plan)
@@ -329,8 +329,12 @@ def _plan_of(arguments: argparse.Namespace) -> Any:
         raise OptionError("give --plan, or --share with --topk")
     if arguments.plan is not None:
         return SharingPlan.load(arguments.plan)
-    share = arguments.share
-    return {"topk": arguments.topk, "share": int(share) if share.isdigit() else share}
+    return {"topk": arguments.topk, "share": share_of(arguments.share)}
+
+
+def share_of(text: str) -> int | str:
+    """Returns what --share says: every n-th layer, or a schedule."""
+    return int(text) if text.isdigit() else text
 
 
 def _report(arguments: argparse.Namespace, loaded: Loaded, quality: Any, tasks: Any = None) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -66,6 +70,17 @@ TINY: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 5,
     },
 }  # fmt: skip
+
+
+def load_script(path: Path) -> ModuleType:
+    """Imports a script under its own name, which Dynamo asks for."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny(model_type: str, attention: str = "sdpa", **changes: Any) -> nn.Module:

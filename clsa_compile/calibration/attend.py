@@ -19,7 +19,18 @@ from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torc
 from clsa_compile.ir.ops import index_scores_reference
 from clsa_compile.ir.scores import Score
 
-__all__ = ["Masks", "Operands", "all_below", "best", "dense", "indexed", "massed", "sparse"]
+__all__ = [
+    "Masks",
+    "Operands",
+    "all_below",
+    "best",
+    "dense",
+    "index_scores",
+    "indexed",
+    "massed",
+    "readable",
+    "sparse",
+]
 
 # Elements of the scores of one block of rows, over all heads.
 BLOCK = 1 << 23
@@ -88,12 +99,15 @@ class Operands:
         """Returns the fp32 softmax [B, H, len(rows), end]; a sink takes its share, empty rows are 0."""
         return self.softmax(self.scores(rows, end))
 
-    def softmax(self, scores: Tensor) -> Tensor:
-        """Returns the probabilities of scores [B, H, n, keys], as `probabilities` does."""
+    def softmax(self, scores: Tensor, picked: bool = False) -> Tensor:
+        """Returns the probabilities of scores [B, H, n, keys], as `probabilities` does.
+
+        `picked`: of some keys only, so that a row may have none, even where the mask is causal.
+        """
         if self.sinks is not None:
             sink = self.sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
             return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
-        if self.causal:
+        if self.causal and not picked:
             return scores.softmax(-1)
         # A row without a key to read is padding: zeros, not NaN.
         empty = (scores == -math.inf).all(-1, keepdim=True)
@@ -164,8 +178,7 @@ def massed(
         if chosen is not None:
             scores = scores.masked_fill_(~chosen[:, :, rows, :end], -math.inf)
         unread = (scores == -math.inf).all(1, keepdim=True)
-        # A causal row has a key to read, but it need not be among those chosen.
-        probabilities = (call if chosen is None else replace(call, causal=False)).softmax(scores)
+        probabilities = call.softmax(scores, picked=chosen is not None)
         parts.append(call.weigh(probabilities))
         # Square roots in place: the usual power, and the values have been weighed already.
         seen = probabilities.sqrt_() if power == 0.5 else probabilities**power
@@ -239,6 +252,21 @@ def index_scores(
     weights, sums = (None if x is None else x[:, :, rows] for x in (weight, lse))
     q, k = call.q[:, :, rows], call.k[:, :, :end]
     scores = index_scores_reference(q, k, weights, sums, None, [], call.scale, score, "", False)
+    return _masked(call, scores, rows, end)
+
+
+def readable(call: Operands) -> Tensor:
+    """Returns the boolean mask [B, 1, S, T] of the tokens that an index may select; k is q's keys."""
+    b, _, s, _ = call.q.shape
+    found = torch.zeros((b, 1, s, call.k.shape[2]), dtype=torch.bool, device=call.q.device)
+    for rows, end in call.blocks(1):
+        open_ = torch.zeros((b, 1, len(rows), end), device=call.q.device)
+        found[:, :, rows, :end] = _masked(call, open_, rows, end) > -math.inf
+    return found
+
+
+def _masked(call: Operands, scores: Tensor, rows: Tensor, end: int) -> Tensor:
+    """Returns the scores [B, 1, n, end] of an index with the bias of its mask, -inf where it forbids."""
     if call.mask is not None and call.mask.dtype != torch.bool:
         bias = _rows_of(call.mask, rows, end)
         # What a caller writes instead of -inf means the same: never selected.
@@ -261,8 +289,7 @@ def sparse(call: Operands, chosen: Tensor) -> Tensor:
             parts.append(_fused(call, call.q[:, :, rows], call.k, call.v, picked))
             continue
         scores = call.scores(rows, keys).masked_fill(~picked, -math.inf)
-        # A causal row has a key to read, but it need not be among those picked.
-        parts.append(call.weigh(replace(call, causal=False).softmax(scores)))
+        parts.append(call.weigh(call.softmax(scores, picked=True)))
     return _laid_out(torch.cat(parts, 2))
 
 

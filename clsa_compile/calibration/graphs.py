@@ -295,7 +295,7 @@ class _Run(Interpreter):
         read = parse_score(score)
         if self._index_tap is not None:
             self._index_tap(call, weight, read)
-            topk = k.shape[2]  # an index may say alone what is readable
+            return attend.readable(call)  # an index may say alone what that is
         with torch.no_grad():
             return attend.indexed(call, weight, lse, read, topk)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -128,7 +127,7 @@ class Judge:
             scores = call.scores(rows, call.k.shape[2])
             if chosen is not None:
                 scores = scores.masked_fill(~chosen[:, :, rows], -torch.inf)
-            mass = replace(call, causal=False).softmax(scores)[0].mean(0)
+            mass = call.softmax(scores, picked=chosen is not None)[0].mean(0)
             masses.append(torch.where((scores[0] > -torch.inf).any(0), mass, -torch.inf))
             return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class _Seen:
         with torch.no_grad():
             scores = call.scores(self.rows, call.k.shape[2])
             scores = scores.masked_fill(~readable[:, :, self.rows], -torch.inf)
-            seen = replace(call, causal=False).softmax(scores)[0].mean(0) / self.members[owner]
+            seen = call.softmax(scores, picked=True)[0].mean(0) / self.members[owner]
         self.targets[owner] = self.targets[owner] + seen if owner in self.targets else seen
         return out
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.files import write_text, write_whole
+from clsa_compile.ir import tensors as files
+from clsa_compile.ir.files import write_text
 
 __all__ = ["Stages"]
 
@@ -60,10 +61,10 @@ class Stages:
         """Returns the tensors that were kept, on the CPU, or None."""
         if self._folder is None:
             return None
-        load_file, _, broken = _safetensors()
+        module = _safetensors()
         try:
-            found: Mapping[str, Tensor] = load_file(self._path(name, key, "safetensors"))
-        except (OSError, broken):
+            found: Mapping[str, Tensor] = module.torch.load_file(self._path(name, key, "safetensors"))
+        except (OSError, module.SafetensorError):
             return None  # not there, or cut off by a full disk
         return found
 
@@ -71,12 +72,7 @@ class Stages:
         """Keeps tensors in place of those before, whole or not at all. Raises OSError."""
         if self._folder is None:
             return
-        _, save_file, broken = _safetensors()
-        content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        try:
-            write_whole(self._path(name, key, "safetensors"), lambda partial: save_file(content, partial))
-        except broken as error:  # a full disk among others
-            raise OSError(str(error)) from error
+        files.write(self._path(name, key, "safetensors"), tensors, _safetensors())
 
     def _path(self, name: str, key: Any, ending: str) -> Path:
         assert self._folder is not None
@@ -84,12 +80,7 @@ class Stages:
         return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
 
 
-def _safetensors() -> tuple[Any, Any, type[Exception]]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-    except ImportError as error:
-        raise OptionError(
-            "keeping results in a folder needs safetensors: pip install clsa[search]"
-        ) from error
-    return load_file, save_file, SafetensorError
+def _safetensors() -> Any:
+    return files.library(
+        OptionError("keeping results in a folder needs safetensors: pip install clsa[search]")
+    )

@@ -247,7 +247,7 @@ def _lifted(module: GraphModule, node: Node, first: Node, constants: dict[str, A
     made.meta.update(node.meta)
     node.replace_all_uses_with(made)
     module.graph.erase_node(node)
-    name = f"clsa_{node.target}"
+    name = f"clsa_{str(node.target).removeprefix('clsa_')}"  # as most passes call theirs
     constants[name] = value
     return [InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(name=made.name), name)]
 

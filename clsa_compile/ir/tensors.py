@@ -1,4 +1,4 @@
-"""Tensors that belong to a plan: their digest, and their file beside it."""
+"""Tensors in safetensors files; those that belong to a plan, their digest, and their file beside it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
-from clsa_compile.errors import PlanError
+from clsa_compile.errors import ClsaError, PlanError
 from clsa_compile.ir.files import write_whole
 
-__all__ = ["beside", "digest", "placed", "read", "write"]
+__all__ = ["beside", "digest", "library", "placed", "read", "write"]
 
 # By tensor, its copies by device and dtype, for as long as a compiled graph holds them.
 _PLACED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -38,13 +38,28 @@ def beside(path: str | os.PathLike[str], identity: str) -> Path:
     return Path(path).with_suffix(f".{identity[:12]}.safetensors")
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors, whole or not at all. Raises OSError, and PlanError without safetensors."""
-    save_file, broken = _safetensors().torch.save_file, _safetensors().SafetensorError
+def library(missing: ClsaError | None = None) -> Any:
+    """Returns the package safetensors. Raises `missing`, by default what is said of plans, without it."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise missing or PlanError(
+            "the weights of a plan need safetensors: pip install clsa[search]"
+        ) from error
+    return safetensors
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], safetensors: Any = None) -> None:
+    """Writes tensors, whole or not at all, by what `library` returned.
+
+    Raises OSError, and PlanError where neither is there.
+    """
+    module = safetensors or library()
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        write_whole(path, lambda partial: save_file(content, partial))
-    except broken as error:  # a full disk among others
+        write_whole(path, lambda partial: module.torch.save_file(content, partial))
+    except module.SafetensorError as error:  # a full disk among others
         raise OSError(str(error)) from error
 
 
@@ -55,7 +70,7 @@ def read(path: Path, identity: str) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=2)  # each graph of a model asks for them
 def _read(path: Path, identity: str) -> dict[str, Tensor]:
-    load_file = _safetensors().torch.load_file
+    load_file = library().torch.load_file
     try:
         found: dict[str, Tensor] = load_file(path)
     except Exception as error:  # safetensors has an error of its own for each way to be broken
@@ -76,12 +91,3 @@ def placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         found = tensor.detach().to(device, dtype, copy=True)
         copies[device, dtype] = TensorWeakRef(found)
     return found
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise PlanError("the weights of a plan need safetensors: pip install clsa[search]") from error
-    return safetensors

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import clsa_compile
 from clsa_compile.errors import MlirError
+from clsa_compile.ir.tensors import library
+from clsa_compile.ir.tensors import write as write_tensors
 from clsa_compile.mlir import lowering
 from clsa_compile.mlir.engine import Engine
 from clsa_compile.mlir.manifest import NAME, FileInfo, Manifest, ProgramFiles
@@ -113,10 +115,10 @@ class Folder:
         """Returns the tensors that lie beside the programs. Raises MlirError."""
         if self.manifest.weights is None:
             raise MlirError("the weights were left out of the folder; give them as tensors by name")
-        module, broken = _safetensors()
+        module = _safetensors()
         try:
-            loaded: dict[str, Tensor] = module.load_file(self.path / self.manifest.weights)
-        except broken as error:
+            loaded: dict[str, Tensor] = module.torch.load_file(self.path / self.manifest.weights)
+        except module.SafetensorError as error:
             raise MlirError(f"the weights of {os.fspath(self.path)!r} cannot be read: {error}") from error
         return loaded
 
@@ -234,19 +236,11 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         value = value.cpu().contiguous()
         content[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    module, broken = _safetensors()
-    try:
-        module.save_file(content, path)
-    except broken as error:  # a full disk among others
-        raise OSError(str(error)) from error
+    write_tensors(path, content, _safetensors())
 
 
-def _safetensors() -> tuple[Any, type[Exception]]:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise MlirError("weights beside MLIR need safetensors: pip install clsa[mlir]") from error
-    return safetensors.torch, safetensors.SafetensorError
+def _safetensors() -> Any:
+    return library(MlirError("weights beside MLIR need safetensors: pip install clsa[mlir]"))
 
 
 def _info(file: Path) -> FileInfo:

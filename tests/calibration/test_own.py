@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from clsa_compile.calibration.own import Own
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
 from clsa_compile.errors import OptionError
-from clsa_compile.testing import tiny
+from clsa_compile.testing import load_script, tiny
 
 ROWS = torch.tensor([9, 20, 47])
 TRAINING = Training(topk=8, steps=30, rows=40, query_rate=1e-2)
@@ -29,13 +27,7 @@ class Whole(nn.Module):
 
     def __init__(self, attention: str) -> None:
         super().__init__()
-        path = Path(__file__).parents[2] / "examples" / "yoco_decoder.py"
-        spec = importlib.util.spec_from_file_location("yoco_decoder", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["yoco_decoder"] = module
-        spec.loader.exec_module(module)
+        module = load_script(Path(__file__).parents[2] / "examples" / "yoco_decoder.py")
         sizes = {"layers": 4, "hidden": 64, "ffn": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
         sizes |= {"window": 8, "topk": 8, "index_dim": 16, "vocabulary": 256}
         torch.manual_seed(0)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.calibration import stages, trainer
+from clsa_compile.calibration import trainer
 from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.index_training import Loss
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Trainer, Training
 from clsa_compile.errors import DistillError
+from clsa_compile.ir import tensors as files
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import tiny
 
@@ -144,7 +145,7 @@ def test_a_model_that_gives_no_numbers_is_noticed(tokens: list[Tensor]) -> None:
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
     model: Any, tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = stages.write_whole, []
+    real, calls = files.write_whole, []
 
     def full(path: Any, write: Any) -> None:
         calls.append(path)
@@ -152,7 +153,7 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(
             raise OSError(28, "No space left on device")
         real(path, write)
 
-    monkeypatch.setattr(stages, "write_whole", full)
+    monkeypatch.setattr(files, "write_whole", full)
     with pytest.raises(DistillError, match=re.escape("the checkpoint of step 6 cannot be written")):
         make(model, tokens, tmp_path).run()
     (kept,) = tmp_path.iterdir()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,22 +11,12 @@ from torch import Tensor
 
 import clsa_compile
 from clsa_compile.backend import clsa
+from clsa_compile.testing import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
-def load(path: Path) -> ModuleType:
-    """Imports a script under its own name, which Dynamo asks for."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-EXAMPLE = load(ROOT / "examples/yoco_decoder.py")
+EXAMPLE = load_script(ROOT / "examples/yoco_decoder.py")
 LAYERS, CROSS, BATCH, PROMPT, STEPS, LENGTH, TOLERANCE = 4, 2, 2, 12, 3, 20, 1e-4
 MEMBERS = tuple(range(LAYERS - CROSS, LAYERS))
 ops = torch.ops.clsa

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from clsa_compile.backend import decided
+from clsa_compile.capture import export
 from clsa_compile.config import Options
-from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.early import stop_early
 from clsa_compile.passes.rewrite import rewrite
 
@@ -80,38 +79,14 @@ def exported(
     """
     leaves, tree = torch.utils._pytree.tree_flatten(args)
     shapes = [{i: ranges[n] for i, n in enumerate(x.shape) if n in ranges} for x in leaves]
-    with torch.no_grad():
-        program = torch.export.export(
-            module, args, strict=False, dynamic_shapes=torch.utils._pytree.tree_unflatten(shapes, tree)
-        )
-    for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            program.graph.erase_node(node)
-    mode = next(n.meta["val"].fake_mode for n in program.graph.nodes if n.op == "placeholder")
-    captured = Captured(program.graph_module, mode, "export")
+    program = export.trace(module, args, {}, torch.utils._pytree.tree_unflatten(shapes, tree))
+    captured = export.capture_program(program)
     decision = decided(captured, Options.read(options))
     rewrite(captured, decision.sites, decision.plan, decision.tensors)
     stop_early(captured)
-    _lift(program)
-    program._validate()
-    return program
-
-
-def _lift(program: ExportedProgram) -> None:
-    """Makes inputs of the tensors that passes added to a program's module."""
-    graph, module = program.graph, program.graph_module
-    for node in [n for n in graph.nodes if n.op == "get_attr"]:
-        value = getattr(module, node.target)
-        with graph.inserting_before(next(iter(graph.nodes))):
-            made = graph.placeholder(f"c_{node.target}")
-        made.meta.update(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
-        spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(made.name), node.target, None)
-        program.graph_signature.input_specs.insert(0, spec)
-        program.constants[node.target] = value
-        del module._buffers[node.target]
-    module.recompile()
+    made = export.exported(program, captured)
+    made._validate()
+    return made
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from clsa_compile.mlir import Folder, write
-from clsa_compile.testing import tiny
+from clsa_compile.testing import load_script, tiny
 
 pytestmark = pytest.mark.mlir
 ROOT = Path(__file__).parents[2]
@@ -82,16 +79,6 @@ def test_a_decoders_step(
     compare(folder, "decode", program, calls)
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 class Held:
     """A store over a tensor that is given."""
 
@@ -123,7 +110,7 @@ class YocoStep(nn.Module):
 def test_the_yoco_models_prompt_and_step(
     tmp_path: Path, rewritten: Callable[..., ExportedProgram], varying: dict[int, Any]
 ) -> None:
-    example = load(ROOT / "examples/yoco_decoder.py")
+    example = load_script(ROOT / "examples/yoco_decoder.py")
     torch.manual_seed(0)
     config = example.Config(
         attention="yoco-clsa", vocabulary=64, layers=4, hidden=32, ffn=48, heads=4, kv_heads=2, head_dim=8,
