@@ -36,7 +36,7 @@ import clsa_compile
 
 GROUPS = (8, 6, 4, 2)
 ANCHORS = (15, 8, 4)
-MOST = 150  # windows of each kind to learn from
+MOST = 400  # windows of each kind to learn from
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -146,6 +146,8 @@ def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[A
     if path.is_file():
         return clsa_compile.SharingPlan.load(path), 0.0
     start = time.perf_counter()
+    # Products of single precision by tensor cores, for training alone: what is judged is judged in full.
+    torch.set_float32_matmul_precision("high")
     plan = clsa_compile.distill(
         bench.model,
         bench.learned_from(),
@@ -157,6 +159,7 @@ def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[A
         kv_heads=arguments.key_heads,
         folder=bench.folder,
     )
+    torch.set_float32_matmul_precision("highest")
     plan.save(path)
     return plan, time.perf_counter() - start
 
@@ -247,9 +250,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS)
     parser.add_argument("--starts", type=int, nargs="+", help="where the groups begin, for one --groups")
     parser.add_argument("--anchors", type=int, nargs="*", default=ANCHORS)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--score", default="mixture")
-    parser.add_argument("--target", default="attention")
+    parser.add_argument("--target", default="worth")
     parser.add_argument("--key-heads", type=int)
     parser.add_argument("--windows", type=int, default=MOST, help="of each kind of text to learn from")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")

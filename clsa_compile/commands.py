@@ -68,7 +68,7 @@ def add_distill(commands: Any) -> None:
     parser.add_argument("--budget", type=float, help="increase of perplexity to stay within; 0.01 is 1%%")
     parser.add_argument("--steps", type=int, default=2000, help="a sequence each (default 2000)")
     parser.add_argument("--score", default="mixture", help="'mixture' (default) or 'lightning'")
-    parser.add_argument("--target", default="attention", help="'attention' (default) or 'worth'")
+    parser.add_argument("--target", default="worth", help="'worth' (default) or 'attention'")
     parser.add_argument("--kv-heads", type=int, help="key heads that an index reads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the plan's file (.json)")

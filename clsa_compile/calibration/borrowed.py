@@ -10,7 +10,6 @@ from torch import Tensor
 from clsa_compile.calibration.fingerprint import data_hash
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.index_training import FORMS, Loss, best_heads, initial, losses
-from clsa_compile.calibration.records import record
 from clsa_compile.calibration.trainer import Training, rows_of
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import Index, Pool
@@ -34,13 +33,7 @@ class Borrowed:
         self._pools = self._made(starts)
         self.tensors = self._initial()
         lengths = {ids.shape[1]: ids for ids in given}
-        by_worth = training.target == "worth"
-        # Worth comes from a run of its own, there and back.
-        self._graphs = {t: known.forward(ids).graph() for t, ids in lengths.items() if by_worth}
-        self._probes = {
-            t: known.forward(ids).probe(self._pools, self.tensors, whole=not by_worth)
-            for t, ids in lengths.items()
-        }
+        self._probes = {t: known.forward(ids).probe(self._pools, self.tensors) for t, ids in lengths.items()}
 
     def rates(self) -> Mapping[str, float]:
         """Returns the rates that weights begin with: queries have one, the weights of heads another."""
@@ -52,11 +45,9 @@ class Borrowed:
 
     def losses(self, ids: Tensor, rows: Tensor) -> list[Loss]:
         """Returns the loss of each group's index in some rows [n] of ids [1, T]."""
-        worth = None
-        if (graph := self._graphs.get(ids.shape[1])) is not None:
-            found = record(graph, ids, rows, 1.0, self._training.seed, int(rows.min()))
-            worth = [first[0].float() for first in found.first]
-        return losses(self._probes[ids.shape[1]], self._pools, self.tensors, ids, rows, worth)
+        training = self._training
+        seed = training.seed if training.target == "worth" else None
+        return losses(self._probes[ids.shape[1]], self._pools, self.tensors, ids, rows, seed)
 
     def plan(self) -> SharingPlan:
         """Returns the plan of the indices as they are now."""

@@ -48,7 +48,7 @@ class Wanted:
     score: str = "mixture"
     kv_heads: int | None = None
     seed: int = 0
-    target: str = "attention"
+    target: str = "worth"
 
     def __post_init__(self) -> None:
         if self.topk is not None and self.groups is None and self.budget is None:
@@ -118,7 +118,7 @@ def distill(
     budget: float | None = None,
     steps: int = 2000,
     score: str = "mixture",
-    target: str = "attention",
+    target: str = "worth",
     kv_heads: int | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
@@ -131,9 +131,9 @@ def distill(
     What follows is for dense models.
 
     The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
-    all key heads of it or the best `kv_heads`, by queries of its own; it learns from the mean attention of
-    the group's layers and heads (CLSA, arXiv 2606.06467) or, with the `target` "worth", from what the tokens
-    that they look at are worth to the model's loss, a sequence a step. `batches` are token ids [B, T]
+    all key heads of it or the best `kv_heads`, by queries of its own; it learns what the tokens that the
+    group's layers look at are worth to the model's loss or, with the `target` "attention", their mean
+    attention (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
     or [T], many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
     or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
     perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.

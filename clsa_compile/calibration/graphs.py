@@ -28,7 +28,7 @@ from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.route import layer, routed, shareable
 from clsa_compile.passes.tidy import drop_dead
 
-__all__ = ["Change", "Forward", "Graph", "IndexTap", "Probe", "Tap"]
+__all__ = ["Change", "Forward", "Graph", "IndexTap", "Probe", "Probed", "Tap"]
 
 aten = torch.ops.aten
 
@@ -115,30 +115,48 @@ class Graph:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """A model's forward that gives the operands of indices besides: q, k and weight of each, in their order.
+class Probed:
+    """What a probe found: hidden states [1, T, E], what the head reads besides, and indices' operands.
 
-    attributes: by name, where the graph reads the tensors of the indices.
+    operands: of each index q [1, Hi, T, D], k [1, n, T, D] and weight [1, Hi, T].
+    """
+
+    hidden: Tensor
+    others: tuple[Any, ...]
+    operands: list[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A model's forward that gives the operands of indices besides, in their order; `logits` as of a Graph.
+
+    read: how many outputs the head reads. attributes: by name, where the graph reads indices' tensors.
     """
 
     module: GraphModule
     inputs: tuple[Any, ...]
     slot: int
     layers: tuple[int | None, ...]
+    head: GraphModule | None
+    read: int
     attributes: Mapping[str, str]
 
-    def run(
-        self, ids: Tensor, tap: Tap, tensors: Mapping[str, Tensor]
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Returns q [1, Hi, T, D], k [1, n, T, D] and weight [1, Hi, T] of each index for ids [1, T].
+    def run(self, ids: Tensor, tap: Tap, tensors: Mapping[str, Tensor]) -> Probed:
+        """Runs the model over ids [1, T].
 
         `tensors` are the weights of the indices, which get gradients where these are enabled.
         """
         given = list(self.inputs)
         given[self.slot] = ids
         read = {at: tensors[name].to(getattr(self.module, at)) for name, at in self.attributes.items()}
-        _, *found = _Run(self.module, self.layers, tap, read).run(*given)
-        return [(found[i], found[i + 1], found[i + 2]) for i in range(0, len(found), 3)]
+        hidden, *found = _Run(self.module, self.layers, tap, read).run(*given)
+        others, made = found[: self.read - 1], found[self.read - 1 :]
+        operands = [(made[i], made[i + 1], made[i + 2]) for i in range(0, len(made), 3)]
+        return Probed(hidden, tuple(others), operands)
+
+    def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
+        """Returns the logits [1, n, V] of hidden states [1, n, E]."""
+        return hidden if self.head is None else self.head(hidden, *others)
 
 
 class Forward:
@@ -177,11 +195,8 @@ class Forward:
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
         return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured), self._weights)
 
-    def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor], whole: bool = True) -> Probe:
-        """Returns the model's own forward with the indices of pools, which count layers that may share.
-
-        Unless it is to be `whole`, it ends with the layer of the last index.
-        """
+    def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor]) -> Probe:
+        """Returns the model's own forward with the indices of pools, which count layers that may share."""
         captured = capture(self._source)
         decision = decide(captured)
         sites = {site.ordinal: site for site in decision.sites.attention}
@@ -193,19 +208,21 @@ class Forward:
             assert pool.index is not None
             with captured.graph.inserting_before(site.out):
                 wanted += index_operands(Emitter(captured, site.out), site, pool.index, constants)
+        # Among the outputs, rewriting leaves them as they are.
         output = next(node for node in captured.graph.nodes if node.op == "output")
-        last = sites[self.ordinals[max(pool.anchor for pool in pools)]].out
-        output.args = ((*output.args[0], *wanted, last),)
+        output.args = ((*output.args[0], *wanted),)
         rewrite(captured, decision.sites, decision.plan)
-        last = output.args[0][-1]
-        _cut(captured)
-        output.args = ((output.args[0][0] if whole else last, *wanted),)
+        wanted = output.args[0][len(output.args[0]) - len(wanted) :]
+        head = _cut(captured)
+        kept = output.args[0] if head is not None else output.args[0][:1]
+        output.args = ((*kept, *wanted),)
         drop_dead(captured.graph)
         captured.module.recompile()
         positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], set())
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
-        return Probe(captured.module, self._inputs, self._slot, layers, constants.attributes)
+        found = captured.module, self._inputs, self._slot, layers, head, len(kept), constants.attributes
+        return Probe(*found)
 
     def _refuse_unmade(
         self, sites: Sequence[AttentionSite], pools: Sequence[Pool], tensors: Mapping[str, Tensor]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clsa_compile.calibration.attend import Operands
 from clsa_compile.calibration.given import Model
-from clsa_compile.calibration.graphs import Probe
+from clsa_compile.calibration.graphs import Probe, Probed
+from clsa_compile.calibration.records import Taps
 from clsa_compile.ir.routing import Index, Pool
 
 __all__ = ["FORMS", "TARGETS", "Loss", "best_heads", "divergence", "initial", "losses"]
@@ -50,35 +51,49 @@ def initial(index: Index, query: Tensor, width: int, heads: int, length: int) ->
 
 @dataclass(slots=True)
 class _Seen:
-    """What taps of one forward leave behind: the mean attention of each group in some rows."""
+    """What taps of one forward leave behind in some rows: what the index of each group is to learn."""
 
     pools: Sequence[Pool]
     rows: Tensor
     targets: dict[int, Tensor] = field(default_factory=dict)
     allowed: dict[int, Tensor | None] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
-
     anchors: dict[int, Tensor] = field(default_factory=dict)
+    taps: Taps = field(default_factory=Taps)
 
-    def tap(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
+    def attention(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
         """Adds a layer's attention to its group's, and keeps what its first layer's key heads look at."""
-        self.mask(layer, call, out, None)
-        keys = call.k.shape[2]
+        self._mask(layer, call)
         i, pool = self._of(layer)
         with torch.no_grad():
-            probabilities = call.probabilities(self.rows, keys)[0]
-            seen = probabilities.mean(0) / len(pool.members)
-            self.targets[i] = self.targets[i] + seen if i in self.targets else seen
+            probabilities = call.probabilities(self.rows, call.k.shape[2])[0]
+            seen = probabilities.mean(0)
+            self._add(i, seen / len(pool.members))
             if layer == pool.anchor:
                 self.anchors[i] = probabilities.view(call.k.shape[1], -1, *seen.shape).sum(1)
         return out
 
-    def mask(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
+    def worth(self, layer: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+        """Keeps a layer until the gradient of its output is known."""
+        self._mask(layer, call)
+        return self.taps.tap(layer, call, out, chosen)
+
+    def weigh(self, probe: Probe, found: Probed, seed: int) -> None:
+        """Makes the targets of what tokens are worth to the loss of the rows, and of those between them."""
+        self.taps.backward(probe.logits, found.hidden, found.others, int(self.rows.min()), seed)
+        for layer, worth in enumerate(self.taps.worth(self.rows)):
+            self._add(self._of(layer)[0], worth)
+        for i, total in self.targets.items():
+            self.targets[i] = total / total.sum(-1, keepdim=True).clamp(min=1e-30)
+
+    def _add(self, i: int, part: Tensor) -> None:
+        self.targets[i] = self.targets[i] + part if i in self.targets else part
+
+    def _mask(self, layer: int, call: Operands) -> None:
         """Keeps what a group's first layer may read, and how its dot products are scaled."""
         i, pool = self._of(layer)
         if layer == pool.anchor:
             self.allowed[i], self.scales[i] = call.allowed(self.rows, call.k.shape[2]), call.scale
-        return out
 
     def _of(self, layer: int) -> tuple[int, Pool]:
         return next((i, pool) for i, pool in enumerate(self.pools) if layer in pool.members)
@@ -90,20 +105,19 @@ def losses(
     tensors: Mapping[str, Tensor],
     ids: Tensor,
     rows: Tensor,
-    worth: Sequence[Tensor] | None = None,
+    seed: int | None = None,
 ) -> list[Loss]:
     """Returns the loss of each pool's index in some rows [n] of ids [1, T].
 
-    What is learned is the mean attention of a pool's layers or, where it is given, their `worth` [n, T].
+    What is learned is the mean attention of a pool's layers or, given the seed of the labels that the loss
+    of the model is taken with, what tokens are worth to it. Gradients reach `tensors` alone.
     """
     seen = _Seen(pools, rows)
-    operands = probe.run(ids, seen.tap if worth is None else seen.mask, tensors)
-    if worth is not None:
-        for i, pool in enumerate(pools):
-            total = torch.stack([worth[member] for member in pool.members]).sum(0)
-            seen.targets[i] = total / total.sum(-1, keepdim=True).clamp(min=1e-30)
+    found = probe.run(ids, seen.attention if seed is None else seen.worth, tensors)
+    if seed is not None:
+        seen.weigh(probe, found, seed)
     return [
-        _loss(pool, operands[i], seen.targets[i], seen.allowed[i], seen.scales[i], rows)
+        _loss(pool, found.operands[i], seen.targets[i], seen.allowed[i], seen.scales[i], rows)
         for i, pool in enumerate(pools)
     ]
 
@@ -151,7 +165,7 @@ def best_heads(
     for ids, rows in looked_at:
         ids = ids.to(known.device)
         seen = _Seen(pools, rows)
-        known.forward(ids).graph().run(ids, seen.tap)
+        known.forward(ids).graph().run(ids, seen.attention)
         for i, pool in enumerate(pools):
             found = _recovered(seen.anchors[i], seen.targets[i], pool)
             kept[i] = kept[i] + found if len(kept[i]) else found

@@ -41,7 +41,7 @@ class Own:
 
     def rates(self) -> Mapping[str, float]:
         """Returns the rate that all weights begin with."""
-        return dict.fromkeys(self.tensors, self._training.query_rate)
+        return dict.fromkeys(self.tensors, self._training.own_rate)
 
     def losses(self, ids: Tensor, rows: Tensor) -> list[Loss]:
         """Returns the loss of each indexer in some rows [n] of ids [1, T], where layers attend densely."""

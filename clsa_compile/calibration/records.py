@@ -7,8 +7,8 @@ there of a sampled-label loss (labels drawn from the model itself: g measures wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from clsa_compile.calibration.fingerprint import sequence_hash
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Graph
 
-__all__ = ["Record", "chosen_rows", "record", "recorded"]
+__all__ = ["Record", "Taps", "chosen_rows", "record", "recorded"]
 
 # Logits of so many rows are held at once.
 HEAD_ROWS = 256
@@ -93,69 +93,82 @@ def recorded(
     return found
 
 
-def record(
-    graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int, start: int | None = None
-) -> Record:
+def record(graph: Graph, ids: Tensor, rows: Tensor, power: float, seed: int) -> Record:
     """Runs the dense graph over ids [1, T] forwards and backwards, and returns what the rows looked at.
 
-    The loss is that of rows from `start` on, by default the second half.
+    The loss is that of the second half.
     """
-    taps: list[_Tap] = []
     rows = rows.to(ids.device)
+    taps = Taps()
+    with torch.enable_grad():
+        hidden, others = graph.run(ids, taps.tap)
+        taps.backward(graph.logits, hidden, others, ids.shape[1] // 2, seed)
+    mass, parts = [], []
+    for call, grad in taps.layers():
+        p, u = _moved(call, grad, rows)
+        mass.append((p**power).half())
+        parts.append((u.abs().sum((0, 1))[None], u.square().sum(1).sqrt()))
+    unit = max(float(x.max()) for pair in parts for x in pair) or 1.0
+    first, second = (tuple((pair[i] / unit).half() for pair in parts) for i in range(2))
+    readable = (taps.calls[0].scores(rows, ids.shape[1])[0] > -torch.inf).any(0)
+    return Record(tuple(mass), first, second, readable, unit)
 
-    def tap(_: int, call: Operands, out: Tensor, __: Tensor | None) -> Tensor:
+
+@dataclass(slots=True)
+class Taps:
+    """What one forward leaves behind in each layer: what its attention read, and its output."""
+
+    calls: list[Operands] = field(default_factory=list)
+    outs: list[Tensor] = field(default_factory=list)
+
+    def tap(self, _: int, call: Operands, out: Tensor, __: Tensor | None) -> Tensor:
+        """Keeps a layer; for `Graph.run` with gradients enabled."""
         # Weights need no gradient: the first output that does is the first layer's.
         out = out if out.requires_grad else out.detach().requires_grad_()
         out.retain_grad()
-        with torch.no_grad():
-            scores = call.scores(rows, call.k.shape[2])[0]
-            readable = (scores > -torch.inf).any(0)
-            taps.append(_Tap(call.probabilities(rows, call.k.shape[2])[0], call.v.detach(), out, readable))
+        self.calls.append(replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach()))
+        self.outs.append(out)
         return out
 
-    with torch.enable_grad():
-        hidden, others = graph.run(ids, tap)
-        _backward(graph, hidden, others, ids.shape[1] // 2 if start is None else start, seed)
-    parts = [_moved(tap, rows) for tap in taps]
-    unit = max(float(x.max()) for pair in parts for x in pair) or 1.0
-    return Record(
-        tuple((tap.probabilities**power).half() for tap in taps),
-        tuple((first / unit).half() for first, _ in parts),
-        tuple((second / unit).half() for _, second in parts),
-        taps[0].readable,
-        unit,
-    )
+    def backward(
+        self,
+        logits: Callable[[Tensor, tuple[Any, ...]], Tensor],
+        hidden: Tensor,
+        others: tuple[Any, ...],
+        start: int,
+        seed: int,
+    ) -> None:
+        """Takes the gradient of the loss of labels that the model draws, summed over rows from `start`."""
+        generator = torch.Generator(hidden.device).manual_seed(seed)
+        leaf = hidden.detach().requires_grad_()
+        for row in range(start, hidden.shape[1], HEAD_ROWS):
+            block = logits(leaf[:, row : row + HEAD_ROWS], others)[0].float()
+            # As torch.multinomial draws one, without its check: what is not a number must end as such a loss.
+            likely = block.detach().softmax(-1)
+            labels = (likely / torch.empty_like(likely).exponential_(generator=generator)).argmax(-1)
+            torch.nn.functional.cross_entropy(block, labels, reduction="sum").backward()
+        hidden.backward(leaf.grad)
+
+    def layers(self) -> Iterator[tuple[Operands, Tensor]]:
+        """Yields what each layer read, and the gradient of its output."""
+        for call, out in zip(self.calls, self.outs, strict=True):
+            assert out.grad is not None
+            yield call, out.grad
+
+    @torch.no_grad()
+    def worth(self, rows: Tensor) -> Iterator[Tensor]:
+        """Yields by layer what tokens are worth to some rows: sum of |u| over heads, fp32 [n, T]."""
+        for call, grad in self.layers():
+            yield _moved(call, grad, rows)[1].abs_().sum((0, 1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Tap:
-    """What is kept of a layer until its gradient is known."""
-
-    probabilities: Tensor
-    v: Tensor
-    out: Tensor
-    readable: Tensor
-
-
-def _backward(graph: Graph, hidden: Tensor, others: tuple[Any, ...], start: int, seed: int) -> None:
-    """Takes the gradient of the loss of labels that the model itself draws, summed over rows from `start`."""
-    generator = torch.Generator(hidden.device).manual_seed(seed)
-    leaf = hidden.detach().requires_grad_()
-    for row in range(start, hidden.shape[1], HEAD_ROWS):
-        logits = graph.logits(leaf[:, row : row + HEAD_ROWS], others)[0].float()
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-    hidden.backward(leaf.grad)
-
-
-def _moved(tap: _Tap, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of |u| [1, n, T] and, by kv head, the root of the sum of u^2 [Hkv, n, T]."""
-    p = tap.probabilities
+@torch.no_grad()
+def _moved(call: Operands, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the probabilities [H, n, T] of some rows, and u [Hkv, H / Hkv, n, T]."""
+    p = call.probabilities(rows, call.k.shape[2])[0]
     heads, n, keys = p.shape
-    hkv = tap.v.shape[1]
-    assert tap.out.grad is not None
-    g = tap.out.grad[0, :, rows].float().reshape(hkv, -1, tap.v.shape[3])
-    along = (g @ tap.v[0].float().transpose(1, 2)).view(heads, n, keys)
+    hkv = call.v.shape[1]
+    g = grad[0, :, rows].float().reshape(hkv, -1, call.v.shape[3])
+    along = (g @ call.v[0].float().transpose(1, 2)).view(heads, n, keys)
     along = along - (p * along).sum(-1, keepdim=True)
-    u = (p * along).view(hkv, heads // hkv, n, keys)
-    return u.abs().sum((0, 1))[None], u.square().sum(1).sqrt()
+    return p, (p * along).view(hkv, heads // hkv, n, keys)

@@ -28,7 +28,8 @@ class Training:
     """How to train: so many steps, a sequence each, of which so many rows are looked at.
 
     score, target: names in `index_training.FORMS` and `TARGETS`. kv_heads: how many key heads an index reads,
-    None for all. query_rate, head_rate: what Adam's learning rates begin with; they fall to 0 along a cosine.
+    None for all. query_rate, head_rate: what Adam's learning rates begin with; they fall to 0 along a cosine;
+    own_rate: the same, for indexers that the model has.
     topk: tokens that will be selected; rows that may read no more teach nothing.
     """
 
@@ -37,10 +38,11 @@ class Training:
     score: str = "mixture"
     kv_heads: int | None = None
     seed: int = 0
-    rows: int = 256
-    query_rate: float = 3e-3
-    head_rate: float = 1e-2
-    target: str = "attention"
+    rows: int = 512
+    query_rate: float = 1e-2
+    head_rate: float = 3e-2
+    own_rate: float = 3e-3
+    target: str = "worth"
 
 
 class Student(Protocol):
@@ -91,13 +93,16 @@ class Trainer:
     def _step(self, number: int) -> None:
         ids = self._sequence(number)
         rows = rows_of(self._training, number, ids)
+        learning = list(self._tensors.values())
         for group in self._adam.param_groups:
             group["lr"] = group["rate"] * _factor(number, self._training.steps)
         with torch.enable_grad():
             found = self._student.losses(ids, rows)
-            self._adam.zero_grad(set_to_none=True)
-            torch.stack([loss.divergence + loss.added for loss in found]).sum().backward()
-        norm = float(clip_grad_norm_(list(self._tensors.values()), 1.0))
+            total = torch.stack([loss.divergence + loss.added for loss in found]).sum()
+        # Of these weights alone: what else the loss was computed from has no use for one.
+        for tensor, gradient in zip(learning, torch.autograd.grad(total, learning), strict=True):
+            tensor.grad = gradient
+        norm = float(clip_grad_norm_(learning, 1.0))
         value = float(torch.stack([loss.divergence.detach() for loss in found]).mean())
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise DistillError(

@@ -22,7 +22,8 @@ __all__ = ["Engine"]
 
 # LLVM's time grows faster than a function does, and at 16000 operations its recursion ends the process.
 _LARGEST = 8000
-# As torch-mlir's reference backend does it, with buffers freed.
+# As torch-mlir's reference backend does it, with buffers freed; and with bfloat16 in integers, since not every
+# CPU converts to it, nor every C library in its place.
 _TO_LLVM = f"""builtin.module({
     ",".join(
         (
@@ -43,7 +44,7 @@ _TO_LLVM = f"""builtin.module({
             "func.func(lower-affine)",
             "convert-scf-to-cf",
             "func.func(refback-expand-ops-for-llvm)",
-            "func.func(arith-expand)",
+            "func.func(arith-expand{include-bf16=true})",
             "func.func(convert-math-to-llvm)",
             "convert-math-to-libm",
             "expand-strided-metadata",
@@ -94,6 +95,11 @@ class Engine:
             self._engine = ExecutionEngine(module.module, opt_level=optimize)
         except RuntimeError as error:
             raise MlirError(f"the program {program.name!r} cannot be compiled: {error}") from error
+        # It compiles when it is first asked for a function, and says on stderr alone what is missing.
+        if not self._engine.raw_lookup(f"_mlir_ciface_{program.name}"):
+            raise MlirError(
+                f"the program {program.name!r} cannot be compiled on this machine: it calls what is missing here"
+            )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs the program on its inputs by name; returns its results by name.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clsa_compile.calibration.borrowed import Borrowed
 from clsa_compile.calibration.given import Model
-from clsa_compile.calibration.records import record
+from clsa_compile.calibration.records import Taps
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.trainer import Training
 from clsa_compile.errors import OptionError
@@ -38,10 +38,12 @@ def test_what_is_learned_may_be_the_worth_of_tokens(model: Any, tokens: list[Ten
     """The worth is `record`'s, over the rows' own losses, added up in a group; a row counts as any other."""
     student = make(model, tokens, Training(topk=8, target="worth"))
     ids, rows = tokens[0][:1], torch.tensor([12, 30, 41])
-    graph = student._known.forward(ids).graph()
-    found = record(graph, ids, rows, 1.0, 0, 12).first
+    graph, taps = student._known.forward(ids).graph(), Taps()
+    with torch.enable_grad():
+        taps.backward(graph.logits, *graph.run(ids, taps.tap), start=12, seed=0)
+    found = list(taps.worth(rows))
     for i, members in enumerate(((0, 1, 2), (3, 4))):
-        worth = torch.stack([found[m][0].float() for m in members]).sum(0)
+        worth = torch.stack([found[m] for m in members]).sum(0)
         target = (worth / worth.sum(-1, keepdim=True)).double()
         scores = student_scores(student, i, ids, rows).double()
         logs = scores.log_softmax(-1).masked_fill(target == 0, 0.0)
@@ -60,26 +62,23 @@ def student_scores(student: Borrowed, i: int, ids: Tensor, rows: Tensor) -> Tens
         return out
 
     with torch.no_grad():
-        q, k, weight = probe.run(ids, tap, student.tensors)[i]
+        q, k, weight = probe.run(ids, tap, student.tensors).operands[i]
     dot = q[0][:, rows] @ k[0].repeat_interleave(2, 0).mT * scales[student._pools[i].anchor]
     scores = (dot + weight[0][:, rows, None]).logsumexp(0)
     causal = torch.arange(ids.shape[1]) <= rows[:, None]
     return scores.masked_fill(~causal, -torch.inf)
 
 
-def test_where_worth_is_learned_the_graph_ends_with_the_last_groups_first_layer(
-    model: Any, tokens: list[Tensor]
-) -> None:
-    sizes = {}
-    for target in ("attention", "worth"):
-        student = make(model, tokens, Training(topk=8, target=target))
-        (probe,) = student._probes.values()
-        sizes[target] = len(probe.module.graph.nodes)
-        seen: list[int] = []
-        with torch.no_grad():
-            probe.run(tokens[0][:1], lambda layer, _, out, __: (seen.append(layer), out)[1], student.tensors)  # noqa: B023
-        assert seen == ([0, 1, 2, 3, 4] if target == "attention" else [0, 1, 2, 3])
-    assert sizes["worth"] < 0.9 * sizes["attention"]
+def test_the_gradient_of_the_models_loss_moves_no_index(model: Any, tokens: list[Tensor]) -> None:
+    """One run serves both: what comes back through the model for the worth must not reach the indices."""
+    student = make(model, tokens, Training(topk=8, target="worth"))
+    learning = list(student.tensors.values())
+    with torch.enable_grad():
+        found = student.losses(tokens[0][:1], torch.tensor([12, 30, 41]))
+    assert all(t.grad is None for t in learning)
+    assert all(p.grad is None for p in model.parameters())
+    total = torch.stack([loss.divergence for loss in found]).sum()
+    assert all(bool(g.any()) for g in torch.autograd.grad(total, learning))
 
 
 def test_its_plan_holds_copies(model: Any, tokens: list[Tensor]) -> None:

@@ -71,7 +71,8 @@ def test_the_loss_is_the_divergence_of_each_row(
     tensors = weights(known, made, ids)
     probe = known.forward(ids).probe(made, tensors)
     found = losses(probe, made, tensors, ids, ROWS)
-    for pool, loss, operands in zip(made, found, probe.run(ids, lambda *a: a[2], tensors), strict=True):
+    run = probe.run(ids, lambda *a: a[2], tensors)
+    for pool, loss, operands in zip(made, found, run.operands, strict=True):
         target, call = attention(known, ids, pool.members)
         q, k, weight = (x[0].detach().double() for x in operands)
         torch.testing.assert_close(k.float(), call.k[0, first : first + kv_heads])
@@ -111,7 +112,7 @@ def test_a_mixture_begins_as_what_its_first_layer_looks_at(known: Model, tokens:
     bias = tensors["0.bias"]
     bias[1] = -1e4  # the second head counts nothing
     probe = known.forward(ids).probe((pool,), tensors)
-    (operands,) = probe.run(ids, lambda *a: a[2], tensors)
+    (operands,) = probe.run(ids, lambda *a: a[2], tensors).operands
     q, k, w = operands
     found = (q[0] @ k[0].mT * 0.25 + w[0][..., None]).logsumexp(0).masked_fill(~_causal(ids), -torch.inf)
     _, call = attention(known, ids, (0,))

@@ -19,7 +19,7 @@ from clsa_compile.errors import OptionError
 from clsa_compile.testing import load_script, tiny
 
 ROWS = torch.tensor([9, 20, 47])
-TRAINING = Training(topk=8, steps=30, rows=40, query_rate=1e-2)
+TRAINING = Training(topk=8, steps=30, rows=40, own_rate=1e-2)
 
 
 class Whole(nn.Module):

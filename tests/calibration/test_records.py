@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.calibration.graphs import Graph, fitting
-from clsa_compile.calibration.records import Record, chosen_rows, record
+from clsa_compile.calibration.records import Record, Taps, chosen_rows, record
 
 ROWS = torch.tensor([30, 47])
 
@@ -90,6 +90,14 @@ def test_the_same_seed_gives_the_same_record(graph: Graph, tokens: list[Tensor],
     again, other = (record(graph, tokens[0][:1], ROWS, 0.5, seed) for seed in (3, 4))
     assert all(map(torch.equal, again.second, made.second))
     assert not all(map(torch.equal, other.second, made.second))
+
+
+def test_taps_give_the_worth_that_records_have(graph: Graph, tokens: list[Tensor], made: Record) -> None:
+    taps = Taps()
+    with torch.enable_grad():
+        taps.backward(graph.logits, *graph.run(tokens[0][:1], taps.tap), start=24, seed=3)
+    for worth, first in zip(taps.worth(ROWS), made.first, strict=True):
+        torch.testing.assert_close(worth, first[0].float() * made.unit, rtol=2e-3, atol=made.unit * 1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 7, 24])

@@ -91,8 +91,9 @@ def test_indexers_that_select_among_what_is_offered_equal_the_references(mode: s
     assert largest_difference(expected, _on_cpu(actual)) < 1e-4
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("cache", "mode"), [("static", "default"), ("static", "reduce-overhead"), ("dynamic", "default")]
+)
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_trained_indices_equal_the_references(
     kv_heads: int, cache: str, mode: str, passes: Any, index_plan: Any
@@ -105,7 +106,9 @@ def test_trained_indices_equal_the_references(
     torch._dynamo.reset()
     model = model.cuda()
     run = torch.compile(model, backend="clsa", options={**options, "mode": mode})
-    actual = generate_steps(run, model.config, cache=cache, steps=12, prime=model)
+    # A growing cache cannot be made beforehand: `reset` leaves what it holds.
+    prime = model if cache == "static" else None
+    actual = generate_steps(run, model.config, cache=cache, steps=12, prime=prime)
     assert largest_difference(expected, _on_cpu(actual)) < 1e-4
     assert counters["clsa"]["sparse_attention"] > 0
 
