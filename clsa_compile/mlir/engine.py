@@ -22,8 +22,8 @@ __all__ = ["Engine"]
 
 # LLVM's time grows faster than a function does, and at 16000 operations its recursion ends the process.
 _LARGEST = 8000
-# As torch-mlir's reference backend does it, with buffers freed; and with bfloat16 in integers, since not every
-# CPU converts to it, nor every C library in its place.
+# As torch-mlir's reference backend does it, with buffers freed; and with bfloat16 in integers, since not
+# every CPU converts to it, nor every C library in its place.
 _TO_LLVM = f"""builtin.module({
     ",".join(
         (
@@ -98,7 +98,7 @@ class Engine:
         # It compiles when it is first asked for a function, and says on stderr alone what is missing.
         if not self._engine.raw_lookup(f"_mlir_ciface_{program.name}"):
             raise MlirError(
-                f"the program {program.name!r} cannot be compiled on this machine: it calls what is missing here"
+                f"the program {program.name!r} cannot be compiled: it calls what this machine lacks"
             )
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
