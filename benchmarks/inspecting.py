@@ -8,12 +8,14 @@ Each configuration of tests/configs is inspected by a process of its own, both g
 clock, and the most memory that it and its children held at a time (Linux). The limits are 60 s and 8 GiB.
 
 What is off: a Llama of a few layers is compiled again and again in one process, with Inductor's caches warm
-so that our part weighs more, by turns *bare* (nothing is told of a graph, the hooks are gone), *off* (as it
-is Seconds are those of the first call less those of a later one; steps are those
-of the compiled model. What is off must cost less than bare runs differ among each other, in the median.
+so that our part weighs more, by turns *bare* (nothing is told of a graph, the hooks are gone) and *off* (as
+it is delivered), each first as often as second; at the end, for comparison, *on*, with a dump. Seconds are
+those of the first call less those of a later one; steps are those of the compiled model. What is off must
+cost less than bare runs differ among each other, in the median.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -39,6 +41,7 @@ GIB = 2**30
 MOST_SECONDS, MOST_BYTES = 60.0, 8 * GIB
 LOOK_EVERY = 0.1  # seconds between two looks at a process's memory
 STEPS, FILLED = 50, 100
+WITH_DUMP = 3  # compiles that only say what a dump costs
 SIDES = ("bare", "off", "on")
 # All that is told of a graph goes through these.
 WATCH = "clsa_compile.watch.Watch"
@@ -117,9 +120,10 @@ class Small:
         self._ids = torch.zeros(1, 1, dtype=torch.long)
 
     @torch.no_grad()
-    def compile(self, side: str, folder: str) -> Compile:
+    def compile(self, side: str, folder: str = "") -> Compile:
         """Compiles and runs the model, bare, as it is delivered, or with a dump."""
         torch.compiler.reset()
+        gc.collect()
         rewind(self._cache, FILLED)
         hooks: AbstractContextManager[Any] = nullcontext()
         if side == "bare":
@@ -140,13 +144,14 @@ def compare(layers: int, pairs: int) -> dict[str, list[Compile]]:
     """Compiles a model by turns in each way, after a round that fills the caches and is thrown away."""
     small = Small(layers)
     found: dict[str, list[Compile]] = {side: [] for side in SIDES}
+    for turn in range(pairs + 1):
+        # The other one begins each time: what one leaves behind slows down the next.
+        for side in ("off", "bare") if turn % 2 else ("bare", "off"):
+            measured = small.compile(side)
+            if turn:
+                found[side].append(measured)
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(pairs + 1):
-            # Another one begins each time, so that whatever drifts reaches all of them.
-            for side in (*SIDES[turn % 3 :], *SIDES[: turn % 3]):
-                measured = small.compile(side, folder)
-                if turn:
-                    found[side].append(measured)
+        found["on"] = [small.compile("on", folder) for _ in range(WITH_DUMP)]
     return found
 
 
@@ -179,7 +184,7 @@ def show_sides(found: dict[str, list[Compile]]) -> bool:
         for name, unit in (("seconds", 1e3), ("step_ms", 1e3)):
             values = [getattr(one, name) for one in found[side]]
             bare = [getattr(one, name) for one in found["bare"]]
-            more = quartiles([unit * (a - b) for a, b in zip(values, bare, strict=True)])
+            more = quartiles([unit * (a - b) for a, b in zip(values, bare, strict=False)])
             # The noise of one pair of runs: how far bare runs are from the one before them.
             noise = quartiles([unit * abs(a - b) for a, b in zip(bare[1:], bare, strict=False)])[1]
             low, median, high = quartiles(values)

@@ -281,6 +281,9 @@ def train(trainer: Trainer, minutes: float | None) -> bool:
             state.history.append(entry)
             words = ", ".join(f"{key} {value:.3f}" for key, value in found.items())
             progress.update(bars[number], completed=state.step, description=f"{name}: {words}")
+            if not console.is_terminal and (whole or state.step % settings.interval == 0):
+                spent = time.monotonic() - begin
+                console.print(f"{spent:.0f} s: {name} {state.step}/{settings.steps[number]}, {words}")
             if whole:
                 trainer.next_stage()
             elif state.step % settings.interval == 0:
