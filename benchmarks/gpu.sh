@@ -14,7 +14,9 @@ run() { # name, command...
 }
 sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that each stop at their time
   # SANITIZE_TESTS: a file of tests, a line each, in place of all; SANITIZE_SECONDS, SANITIZE_SHARDS
-  local tool=$1 shards=${SANITIZE_SHARDS:-14} gpus folder shard pids=() ours
+  # CLSA_REFERENCES=cpu: references without kernels of cuBLAS; SANITIZE_ONLY="name ...": checks kernels so named alone
+  local tool=$1 shards=${SANITIZE_SHARDS:-14} gpus folder shard pids=() ours name only=()
+  for name in ${SANITIZE_ONLY:-}; do only+=(--kernel-name "kernel_substring=$name"); done
   folder=$(mktemp -d)
   gpus=$(nvidia-smi -L | wc -l)
   # torch's allocator would hide what lies beyond a tensor. Without it no CUDA graph can be captured, as
@@ -26,7 +28,7 @@ sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that e
   split -d -n "r/$shards" "$folder/all" "$folder/shard."
   for shard in "$folder"/shard.*; do
     CUDA_VISIBLE_DEVICES=$((${#pids[@]} % gpus)) timeout "${SANITIZE_SECONDS:-280}" \
-      compute-sanitizer --tool "$tool" --log-file "$shard.found" \
+      compute-sanitizer --tool "$tool" "${only[@]}" --log-file "$shard.found" \
       python3 -m pytest "@$shard" -v -p no:cacheprovider > "$shard.log" 2>&1 &
     pids+=("$!:$shard")
   done

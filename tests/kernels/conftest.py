@@ -4,6 +4,7 @@ The interpreter must be chosen before any kernel is imported, so those tests run
 their own, which test_interpreted.py starts; elsewhere they are deselected.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -13,10 +14,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from clsa_compile.ir import ops
 from clsa_compile.ir.ops import REFERENCES, attend_mask
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_cpu(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a reference that runs on the CPU, whatever device its operands are on."""
+
+    @functools.wraps(reference)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        devices = [x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
+        return tree_map_only(Tensor, lambda x: x.to(devices[0]), reference(*args, **kwargs))
+
+    return call
+
+
+# For compute-sanitizer, which cannot leave cuBLAS out and takes minutes for it. Before any test module.
+if os.environ.get("CLSA_REFERENCES") == "cpu":
+    for name in [n for n in vars(ops) if n.endswith("_reference")]:
+        setattr(ops, name, on_cpu(getattr(ops, name)))
+    REFERENCES.update({op: on_cpu(reference) for op, reference in REFERENCES.items()})
 
 
 def runs_here(item: pytest.Item) -> bool:
