@@ -22,7 +22,8 @@ WIDE, PHONE = (1280, 900), (360, 740)
 # The least contrast of texts, by WCAG 2.2 AA; of what is no text.
 TEXT, SHAPE = 4.5, 3.0
 # Seconds until a page of 2000 layers is ready to be used.
-SOON = 2.0
+SOON = 2.0  # seconds, where PACE takes as long as on two idle cores
+IDLE = 0.07
 
 Open = Callable[..., Any]
 
@@ -390,19 +391,35 @@ search.dispatchEvent(new Event("input"));
 """
 
 
+# Work that every page makes of a browser: seconds to lay out 4000 rows.
+PACE = """
+() => {
+  const began = performance.now();
+  const rows = document.createElement("div");
+  for (let i = 0; i < 4000; i++) rows.appendChild(document.createElement("p")).textContent = "row " + i * i;
+  document.body.appendChild(rows);
+  const height = rows.offsetHeight;
+  rows.remove();
+  return height && (performance.now() - began) / 1000;
+}
+"""
+
+
 @pytest.mark.parametrize("kind", ["index", "mass", "dense"])
 def test_two_thousand_layers_are_ready_soon(kind: str, show: Open, make: Any) -> None:
     page = show(make(2000, kind, left=(7, 1999), keys=(12, 13, 1500)))
-    loads = []
+    loads, paces = [], []
     for _ in range(3):  # the best of them: others work on this machine too
         page.reload()
         loads.append(page.evaluate("performance.timing.loadEventEnd - performance.timing.navigationStart"))
-    assert min(loads) / 1000 < SOON
+        paces.append(page.evaluate(PACE))
+    soon = SOON * max(1.0, min(paces) / IDLE)
+    assert min(loads) / 1000 < soon
     pictured(page).nth(1).click()
     assert page.locator("tr.chosen").count() >= 1
-    assert page.evaluate(TIMED, TYPE) < SOON
+    assert page.evaluate(TIMED, TYPE) < soon
     assert page.locator("output").inner_text() == "11 of 2000 layers"
-    assert page.evaluate(TIMED, "document.querySelector('.fold').click()") < SOON
+    assert page.evaluate(TIMED, "document.querySelector('.fold').click()") < soon
     assert page.locator(".side.after .node").count() == 2000
     assert page.locator(".side.after .node:not(.dim)").count() == 11
     assert Path(page.url.removeprefix("file://")).stat().st_size < 8 * 2**20
