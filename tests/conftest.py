@@ -1,9 +1,10 @@
 """Deselects the tests this machine cannot run, and the long ones unless they are asked for; reads pages."""
 
 import gc
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def missing() -> Callable[[str, str], NoReturn]:
+    """Skips for what is not there; fails where an environment variable, its first argument, is "required"."""
+
+    def stop(setting: str, why: str) -> NoReturn:
+        if os.environ.get(setting) == "required":
+            pytest.fail(f"{setting} is 'required', and {why}")
+        pytest.skip(why)
+
+    return stop
 
 
 @pytest.fixture(scope="session")

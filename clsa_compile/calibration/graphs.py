@@ -65,17 +65,27 @@ class _Stop(BaseException):
 
 
 @dataclass(frozen=True, slots=True)
-class Graph:
-    """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows.
-
-    weights: by input, the name of the model's weight that it is.
-    """
+class _Cut:
+    """A model's forward as a graph that ends before the head, and what its run needs."""
 
     module: GraphModule
     inputs: tuple[Any, ...]
     slot: int
     layers: tuple[int | None, ...]
     head: GraphModule | None
+
+    def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
+        """Returns the logits [1, n, V] of hidden states [1, n, E]."""
+        return hidden if self.head is None else self.head(hidden, *others)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph(_Cut):
+    """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows.
+
+    weights: by input, the name of the model's weight that it is.
+    """
+
     weights: Mapping[int, str]
 
     def run(
@@ -109,10 +119,6 @@ class Graph:
         inputs = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         return [name for at, name in self.weights.items() if inputs[at] in only]
 
-    def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
-        """Returns the logits [1, n, V] of hidden states [1, n, E]."""
-        return hidden if self.head is None else self.head(hidden, *others)
-
 
 @dataclass(frozen=True, slots=True)
 class Probed:
@@ -127,17 +133,12 @@ class Probed:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """A model's forward that gives the operands of indices besides, in their order; `logits` as of a Graph.
+class Probe(_Cut):
+    """A model's forward that gives the operands of indices besides, in their order.
 
     read: how many outputs the head reads. attributes: by name, where the graph reads indices' tensors.
     """
 
-    module: GraphModule
-    inputs: tuple[Any, ...]
-    slot: int
-    layers: tuple[int | None, ...]
-    head: GraphModule | None
     read: int
     attributes: Mapping[str, str]
 
@@ -153,10 +154,6 @@ class Probe:
         others, made = found[: self.read - 1], found[self.read - 1 :]
         operands = [(made[i], made[i + 1], made[i + 2]) for i in range(0, len(made), 3)]
         return Probed(hidden, tuple(others), operands)
-
-    def logits(self, hidden: Tensor, others: tuple[Any, ...]) -> Tensor:
-        """Returns the logits [1, n, V] of hidden states [1, n, E]."""
-        return hidden if self.head is None else self.head(hidden, *others)
 
 
 class Forward:

@@ -202,16 +202,37 @@ def attention_mass_reference(
     return _weighted_values(probabilities, v), torch.where(readable, mass, -math.inf)
 
 
+def _best(scores: Tensor, topk: int) -> Tensor:
+    """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where they end."""
+    keys = scores.shape[-1]
+    # A number that is not known may be smaller than topk: no graph is to assume that it is not.
+    missing = max(0, topk - keys) if isinstance(keys, int) else topk
+    if missing:
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
+    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    values, order = values[..., :topk], order[..., :topk]
+    order = torch.where(values == -math.inf, torch.iinfo(torch.int32).max, order)
+    order = torch.sort(order, dim=-1).values
+    return torch.where(order == torch.iinfo(torch.int32).max, -1, order).to(torch.int32)
+
+
 def select_topk_reference(
-    mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int
+    mass: Tensor,
+    bounds: Tensor | None,
+    topk: int,
+    keep_first: int,
+    keep_last: int,
+    *,
+    best: Callable[[Tensor, int], Tensor] = _best,
 ) -> Tensor:
     """Returns int32 [B, N, S, topk]: the tokens of largest mass [B, N, S, T], as `index_topk` orders them.
 
     The `keep_first` positions from the first token that may be read on, and the `keep_last` up to the last
     one, are always among them where they may be read. A token may be read where its mass is not -inf.
-    `bounds` int32 [B, S, 2] is as `mask_bounds` gives it, and not needed here.
+    `bounds` int32 [B, S, 2] is as `mask_bounds` gives it, and not needed here. `best` is another way to
+    choose the same tokens, for whoever cannot sort.
     """
-    return _best(keep_ends(mass, keep_first, keep_last), topk)
+    return best(keep_ends(mass, keep_first, keep_last), topk)
 
 
 def keep_ends(mass: Tensor, keep_first: int, keep_last: int) -> Tensor:
@@ -362,6 +383,8 @@ def index_topk_reference(
     per_kv_head: bool,
     pages: Tensor | None = None,
     candidates: Tensor | None = None,
+    *,
+    best: Callable[[Tensor, int], Tensor] = _best,
 ) -> Tensor:
     """Returns int32 [B, 1|Hkv, S, topk]: the best-scoring valid tokens, ascending, padded with -1.
 
@@ -369,7 +392,7 @@ def index_topk_reference(
     one head. Ties go to the lowest position, NaN ranks above everything (as in torch.topk), +0 equals -0,
     and a token that scores -inf is never selected. One set a row, or one a kv head. `pages`: see
     `ir/pages.py`; positions are those of tokens in their sequence. `candidates` int32 [B, 1, S, P],
-    ascending, are the only tokens that may be selected, where they are given.
+    ascending, are the only tokens that may be selected, where they are given. `best`: see `select_topk`.
     """
     check_pages(q, k, None, pages)
     k = gathered(k, pages)
@@ -378,21 +401,7 @@ def index_topk_reference(
     )
     if candidates is not None:
         scores = torch.where(selected(candidates, scores.shape[-1]), scores, -math.inf)
-    return _best(scores, topk)
-
-
-def _best(scores: Tensor, topk: int) -> Tensor:
-    """Returns int32 [..., topk]: positions of the best scores [..., T], ascending, -1 where they end."""
-    keys = scores.shape[-1]
-    # A number that is not known may be smaller than topk: no graph is to assume that it is not.
-    missing = max(0, topk - keys) if isinstance(keys, int) else topk
-    if missing:
-        scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
-    values, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-    values, order = values[..., :topk], order[..., :topk]
-    order = torch.where(values == -math.inf, torch.iinfo(torch.int32).max, order)
-    order = torch.sort(order, dim=-1).values
-    return torch.where(order == torch.iinfo(torch.int32).max, -1, order).to(torch.int32)
+    return best(scores, topk)
 
 
 def mask_bounds_reference(

@@ -6,16 +6,14 @@ way, because torch-mlir takes those to loops of a dialect that is its own.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import REFERENCES, index_scores_reference, keep_ends, selected
-from clsa_compile.ir.pages import gathered
-from clsa_compile.ir.scores import parse_score
+from clsa_compile.ir.ops import REFERENCES, index_topk_reference, select_topk_reference
 from clsa_compile.mlir.selecting import best, ranked
 
 __all__ = ["decompositions"]
@@ -27,8 +25,8 @@ def decompositions(base: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..
     """Returns a table of decompositions to which those of contract ops are added."""
     ours: dict[str, Callable[..., Any]] = {
         **REFERENCES,
-        "index_topk": _index_topk,
-        "select_topk": _select_topk,
+        "index_topk": partial(index_topk_reference, best=best),
+        "select_topk": partial(select_topk_reference, best=best),
     }
     found: dict[Any, Callable[..., Any]] = {
         getattr(torch.ops.clsa, op).default: function for op, function in ours.items()
@@ -39,45 +37,6 @@ def decompositions(base: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..
         aten.topk.default: _topk,
     }
     return {**base, **found, **spelled}
-
-
-def _index_topk(
-    q: Tensor,
-    k: Tensor,
-    weight: Tensor | None,
-    lse: Tensor | None,
-    mask: Tensor | None,
-    bounds: Tensor | None,
-    mask_inputs: Sequence[Tensor],
-    topk: int,
-    scale: float,
-    score: str,
-    predicate: str,
-    per_kv_head: bool,
-    pages: Tensor | None = None,
-    candidates: Tensor | None = None,
-) -> Tensor:
-    """As `index_topk_reference`."""
-    scores = index_scores_reference(
-        q,
-        gathered(k, pages),
-        weight,
-        lse,
-        mask,
-        mask_inputs,
-        scale,
-        parse_score(score),
-        predicate,
-        per_kv_head,
-    )
-    if candidates is not None:
-        scores = torch.where(selected(candidates, scores.shape[-1]), scores, -math.inf)
-    return best(scores, topk)
-
-
-def _select_topk(mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int) -> Tensor:
-    """As `select_topk_reference`."""
-    return best(keep_ends(mass, keep_first, keep_last), topk)
 
 
 def _index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:

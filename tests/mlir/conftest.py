@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,26 +22,19 @@ from clsa_compile.passes.rewrite import rewrite
 BATCH, LENGTH = 5, 37
 
 
-def missing(why: str) -> Any:
-    """Skips; fails where torch-mlir is required."""
-    if os.environ.get("CLSA_MLIR") == "required":
-        pytest.fail(f"CLSA_MLIR is 'required', and {why}")
-    pytest.skip(why)
-
-
 @pytest.fixture(autouse=True)
-def _torch_mlir(request: pytest.FixtureRequest) -> None:
+def _torch_mlir(request: pytest.FixtureRequest, without: Callable[[str], Any]) -> None:
     if request.node.get_closest_marker("mlir") is None:
         return
     try:
         import torch_mlir.ir  # noqa: F401
     except ImportError as error:
-        missing(f"there is no torch-mlir ({error}); pip install torch-mlir, with Python 3.11")
+        without(f"there is no torch-mlir ({error}); pip install torch-mlir, with Python 3.11")
 
 
 @pytest.fixture
-def without() -> Callable[[str], Any]:
-    return missing
+def without(missing: Callable[[str, str], Any]) -> Callable[[str], Any]:
+    return partial(missing, "CLSA_MLIR")
 
 
 class Step(nn.Module):
