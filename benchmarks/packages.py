@@ -121,15 +121,23 @@ def build(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     }
 
 
+def hide(*packages: str) -> None:
+    """Makes packages look as if they were not installed."""
+
+    class Others:
+        def __init__(self, finder: Any) -> None:
+            self._finder = finder
+
+        def find_spec(self, name: str, *more: Any) -> Any:
+            return None if name.split(".")[0] in packages else self._finder.find_spec(name, *more)
+
+    sys.meta_path[:] = [Others(finder) for finder in sys.meta_path]
+
+
 def load(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Starts from the package: first token, second token, a step, and what was compiled: nothing."""
 
-    class Refuse:
-        def find_spec(self, name: str, *_: Any) -> None:
-            if name.split(".")[0] in ("triton", "transformers"):
-                raise ImportError(f"{name} is not to be imported")
-
-    sys.meta_path.insert(0, Refuse())  # type: ignore[arg-type]
+    hide("triton", "transformers")
     imported = since()
     import clsa_compile
 

@@ -21,6 +21,8 @@ from clsa_compile.errors import ExportError, PackageError
 
 __all__ = ["UNBOUND", "Runner", "compile_module"]
 
+_STANDARD = "libstdc++.so.6"
+
 UNBOUND = (
     "the package has no weights yet: they were left out when it was exported; bind them before the first "
     "run, as package.bind('model.safetensors')"
@@ -50,10 +52,16 @@ def compile_module(
         "aot_inductor.embed_kernel_binary": True,
         "aot_inductor.metadata": dict(metadata),
     }
+    if _is_on_gpu(module):
+        # Finding out what vectors the host has takes a compiler minutes on a cold machine, and its code only
+        # launches kernels.
+        options["cpp.vec_isa_ok"] = False
     # Inductor keeps kernels' machine code by name, and names start anew with each graph.
     clear_caches()
     try:
-        with torch.no_grad(), _toolkit():
+        with torch.no_grad(), _linking() as libraries:
+            given = options.get("aot_inductor.custom_op_libs") or []
+            options["aot_inductor.custom_op_libs"] = [*given, *libraries]
             files = aot_compile(module, args, dict(kwargs), options=options)
     except Exception as error:  # compilers fail in many ways
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -61,29 +69,53 @@ def compile_module(
     return [Path(file) for file in files if isinstance(file, str) and file]
 
 
+def _is_on_gpu(module: GraphModule) -> bool:
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    return any(isinstance(value, Tensor) and value.is_cuda for value in values)
+
+
 @contextmanager
-def _toolkit() -> Iterator[None]:
-    """Lets the linker find CUDA's driver library where there is only a stub, or only its versioned name."""
+def _linking() -> Iterator[list[str]]:
+    """Shows the linker libraries that it may not find, or find otherwise; yields those to be named to it.
+
+    CUDA's driver may be there as a stub only, or under its versioned name only. C++'s own library must be the
+    one that torch uses, also where the compiler would link its static form: the locales of two of them in one
+    process do not know each other, and torch's first regular expression would end the process.
+    """
     from torch.utils import cpp_extension
 
-    home = cpp_extension.CUDA_HOME
-    if not torch.cuda.is_available() or home is None:
-        yield
-        return
+    home, named = cpp_extension.CUDA_HOME, []
     with tempfile.TemporaryDirectory(prefix="clsa_") as folder:
-        driver = next((path for path in _drivers(Path(home)) if path.exists()), None)
-        if driver is not None:
-            (Path(folder) / "libcuda.so").symlink_to(driver)
         paths = [folder, *filter(None, [os.environ.get("LIBRARY_PATH")])]
-        before = {name: os.environ.get(name) for name in ("CUDA_HOME", "LIBRARY_PATH")}
-        os.environ.update(CUDA_HOME=os.environ.get("CUDA_HOME", home), LIBRARY_PATH=os.pathsep.join(paths))
+        changed = {"LIBRARY_PATH": os.pathsep.join(paths)}
+        standard = _loaded(_STANDARD)
+        if standard is not None:
+            (Path(folder) / _STANDARD).symlink_to(standard)
+            named.append(f":{_STANDARD}")
+        if torch.cuda.is_available() and home is not None:
+            driver = next((path for path in _drivers(Path(home)) if path.exists()), None)
+            if driver is not None:
+                (Path(folder) / "libcuda.so").symlink_to(driver)
+            changed["CUDA_HOME"] = os.environ.get("CUDA_HOME", home)
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ.update(changed)
         try:
-            yield
+            yield named
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+def _loaded(name: str) -> Path | None:
+    """Returns the file that this process has loaded a library from."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None  # no Linux
+    files = (Path(line.split(maxsplit=5)[-1]) for line in lines if "/" in line)
+    return next((file for file in files if file.name.startswith(name) and file.exists()), None)
 
 
 def _drivers(home: Path) -> Iterator[Path]:
