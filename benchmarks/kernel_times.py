@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from clsa_compile.ir.ops import index_scores_reference, mask_bounds_reference
+from clsa_compile.ir.references import index_scores_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, Score
 from clsa_compile.kernels.catalog import VARIANTS
 from clsa_compile.kernels.index_topk import decode as index_decode

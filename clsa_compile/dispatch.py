@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.library import Library
 
+import clsa_compile.ir.ops  # noqa: F401 (registers the contract ops)
 from clsa_compile.errors import MissingTritonError
-from clsa_compile.ir.ops import REFERENCES
-from clsa_compile.ir.variants import Facts, Variant, select
+
+if TYPE_CHECKING:
+    from clsa_compile.ir.variants import Variant
 
 __all__ = ["kernels", "run", "torch_kernels"]
 
@@ -44,6 +46,10 @@ def torch_kernels() -> tuple[Variant, ...]:
 
 def run(op: str, variants: tuple[Variant, ...], *args: Any) -> Any:
     """Runs a contract op on real tensors by the first variant that can, or by its reference."""
+    # Asked for here: who only loads a package does not wait for sympy, which these need.
+    from clsa_compile.ir.references import REFERENCES
+    from clsa_compile.ir.variants import Facts, select
+
     schema = getattr(torch.ops.clsa, op).default._schema
     values = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
     variant, passed_over = select(variants, Facts.of(op, values, lse_used=True))

@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.ops import REFERENCES, contract_op
+from clsa_compile.ir.ops import contract_op
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.variants import Facts, Variant, select
 from clsa_compile.passes.analyze import written
 from clsa_compile.passes.emit import Emitter

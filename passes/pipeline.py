@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from clsa_compile.errors import ClsaError, PassError
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.ops import REFERENCES
 from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.routing import Request, Sharing
 from clsa_compile.ir.sites import Sites
 from clsa_compile.ir.skips import Skips

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
-from clsa_compile.ir.ops import index_scores_reference
+from clsa_compile.ir.references import index_scores_reference
 from clsa_compile.ir.scores import Score
 
 __all__ = [

@@ -18,7 +18,6 @@ from clsa_compile.ir import tensors as files
 from clsa_compile.ir.files import write_text
 from clsa_compile.ir.routing import MOST_TOKENS, Index, Layer, Pool, role
 from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, refuse, text
-from clsa_compile.ir.scores import parse_score
 
 __all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
 
@@ -297,6 +296,8 @@ def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:
     if pool.index is None or pool.sources or pool.rows:
         return ["it needs an index, and nothing else"]
     index, layer = pool.index, plan.layers[pool.anchor]
+    from clsa_compile.ir.scores import parse_score  # needs sympy, for which loading a package does not wait
+
     found = []
     if pool.members != tuple(range(pool.anchor, pool.anchor + len(pool.members))):
         found.append(f"layer {pool.anchor} chooses: its members must be that one and those right after it")

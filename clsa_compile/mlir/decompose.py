@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import REFERENCES, index_topk_reference, select_topk_reference
+from clsa_compile.ir.references import REFERENCES, index_topk_reference, select_topk_reference
 from clsa_compile.mlir.selecting import best, ranked
 
 __all__ = ["decompositions"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import attention_mass_reference
+from clsa_compile.ir.references import attention_mass_reference
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.dense_attention import decode, mass
 from clsa_compile.kernels.gathered import gathered

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from clsa_compile.ir.masks import is_triangle
-from clsa_compile.ir.ops import attend_mask
+from clsa_compile.ir.references import attend_mask
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.dense_attention import rows
 from clsa_compile.kernels.launch import Wrap

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import index_topk_reference
+from clsa_compile.ir.references import index_topk_reference
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.gathered import gathered
 from clsa_compile.kernels.index_topk import decode

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clsa_compile.calibration import attend
-from clsa_compile.ir.ops import (
+from clsa_compile.ir.references import (
     attention_mass_reference,
     attention_reference,
     select_topk_reference,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clsa_compile.ir.ops import DECODE_ROWS, REFERENCES
+from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.pages import gathered, key_slots
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.scores import LIGHTNING
 
 OPS = ["attention", "sparse_attention", "index_topk"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from clsa_compile.ir import ops
-from clsa_compile.ir.ops import REFERENCES, attend_mask
+from clsa_compile.ir import references
+from clsa_compile.ir.references import REFERENCES, attend_mask
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,8 +36,8 @@ def on_cpu(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 # For compute-sanitizer, which cannot leave cuBLAS out and takes minutes for it. Before any test module.
 if os.environ.get("CLSA_REFERENCES") == "cpu":
-    for name in [n for n in vars(ops) if n.endswith("_reference")]:
-        setattr(ops, name, on_cpu(getattr(ops, name)))
+    for name in [n for n in vars(references) if n.endswith("_reference")]:
+        setattr(references, name, on_cpu(getattr(references, name)))
     REFERENCES.update({op: on_cpu(reference) for op, reference in REFERENCES.items()})
 
 
@@ -116,7 +116,7 @@ class Judge:
         if bias is not None:
             allowed = allowed & (bias > torch.finfo(bias.dtype).min)
         if sparse:
-            from clsa_compile.ir.ops import selected
+            from clsa_compile.ir.references import selected
 
             chosen = selected(arguments[3], k.shape[2])
             repeats = 1 if chosen.shape[1] == 1 else q.shape[1] // chosen.shape[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import mask_bounds_reference
+from clsa_compile.ir.references import mask_bounds_reference
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.dense_attention.decode import plan, supports
 from clsa_compile.kernels.launch import is_latent

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from clsa_compile.ir.ops import REFERENCES
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.ir.variants import Facts, Variant, select
 from clsa_compile.kernels import catalog

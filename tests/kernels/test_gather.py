@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
-from clsa_compile.ir.ops import mask_bounds_reference, select_topk_reference, sparse_attention_reference
+from clsa_compile.ir.references import (
+    mask_bounds_reference,
+    select_topk_reference,
+    sparse_attention_reference,
+)
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.launch import is_latent
 from clsa_compile.kernels.sparse_attention.gather import plan, supports

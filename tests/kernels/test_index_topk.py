@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import (
-    index_scores_reference,
-    index_topk_reference,
-    mask_bounds_reference,
-)
+from clsa_compile.ir.references import index_scores_reference, index_topk_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, MASS, MAX_HEAD, SCORES, parse_score
 from clsa_compile.kernels.index_topk import rows as rows_module
 

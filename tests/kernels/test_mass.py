@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import attention_mass_reference, mask_bounds_reference, select_topk_reference
+from clsa_compile.ir.references import attention_mass_reference, mask_bounds_reference, select_topk_reference
 
 Run = Callable[..., Any]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import index_topk_reference, mask_bounds_reference
+from clsa_compile.ir.references import index_topk_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING
 from clsa_compile.ir.variants import Facts, select
 from clsa_compile.kernels.catalog import VARIANTS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clsa_compile.ir.ops import attention_reference
+from clsa_compile.ir.references import attention_reference
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.dense_attention.sdpa import supports
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import REFERENCES
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.mlir.decompose import decompositions
 
 aten, clsa = torch.ops.aten, torch.ops.clsa

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.errors import MlirError
-from clsa_compile.ir.ops import select_topk_reference
+from clsa_compile.ir.references import select_topk_reference
 from clsa_compile.mlir.selecting import _ranges, best, ranked
 
 KEYS = (1, 5, 127, 128, 129, 255, 256, 1000)

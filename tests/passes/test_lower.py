@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from clsa_compile.ir.captured import Captured
-from clsa_compile.ir.ops import REFERENCES, contract_op
+from clsa_compile.ir.ops import contract_op
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.passes.lower import Choice, facts_of, lower
 from clsa_compile.passes.pipeline import decide

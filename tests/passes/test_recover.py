@@ -18,7 +18,7 @@ from torch.fx import Interpreter, Node
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.masks import B_, KV_, Q_, parse_predicate, print_predicate
-from clsa_compile.ir.ops import attend_mask
+from clsa_compile.ir.references import attend_mask
 from clsa_compile.ir.sites import MaskSpec, Operand
 from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.recover import (
