@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.resources import files
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,18 @@ class Slice:
     read: Callable[[], str]
 
 
+def _installed() -> Path:
+    """Finds the text without importing the package, which needs a part of setuptools that newer ones lack."""
+    found = find_spec("bible")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("there is no package 'bible'")
+    return Path(found.submodule_search_locations[0]) / "data" / "kjv.jsonl"
+
+
 @cache
 def _verses(path: Path | None) -> list[dict[str, Any]]:
     try:
-        source = files("bible") / "data" / "kjv.jsonl" if path is None else path
+        source = _installed() if path is None else path
         return [json.loads(line) for line in source.read_text().splitlines()]
     except (ImportError, OSError) as error:
         raise SystemExit(
