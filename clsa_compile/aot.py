@@ -52,10 +52,6 @@ def compile_module(
         "aot_inductor.embed_kernel_binary": True,
         "aot_inductor.metadata": dict(metadata),
     }
-    if _is_on_gpu(module):
-        # Finding out what vectors the host has takes a compiler minutes on a cold machine, and its code only
-        # launches kernels.
-        options["cpp.vec_isa_ok"] = False
     # Inductor keeps kernels' machine code by name, and names start anew with each graph.
     clear_caches()
     try:
@@ -67,11 +63,6 @@ def compile_module(
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(f"AOTInductor failed: {type(error).__name__}: {reason}") from error
     return [Path(file) for file in files if isinstance(file, str) and file]
-
-
-def _is_on_gpu(module: GraphModule) -> bool:
-    values = (node.meta.get("val") for node in module.graph.nodes)
-    return any(isinstance(value, Tensor) and value.is_cuda for value in values)
 
 
 @contextmanager

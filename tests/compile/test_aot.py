@@ -64,19 +64,16 @@ def test_a_library_that_this_process_has_not_loaded() -> None:
     assert aot._loaded("libnothing.so") is None
 
 
-def test_a_compiler_that_links_its_own_library_into_everything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_links_its_own_library_into_everything(tmp_path: Path) -> None:
     """Two of C++'s libraries in one process end it; found on a machine that has the static form only."""
     compiler = tmp_path / "g++"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *-shared*) set -- "$@" -static-libstdc++;; esac\nexec env g++ "$@"\n'
     )
     compiler.chmod(0o755)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(compiler)))
     x = torch.randn(2, 3)
     program = torch.export.export(torch.nn.Linear(3, 4).eval(), (x,))
-    settings = {"cpp.vec_isa_ok": False}  # what vectors there are is not the question, and takes seconds
+    settings = {"cpp.cxx": (None, str(compiler))}
     files = compile_module(program.module(), (x,), {}, {}, settings)  # type: ignore[arg-type]
     (library,) = (file for file in files if file.suffix == ".so")
     needed = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True).stdout
