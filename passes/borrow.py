@@ -35,7 +35,15 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 }
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 # What may stand between a weight and the product.
-_OF_WEIGHTS = (aten.t.default, aten.transpose.int, aten.permute.default, aten.alias.default, aten.to.dtype)
+_OF_WEIGHTS = (
+    aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.alias.default,
+    aten.to.dtype,
+)
 
 # A tensor as a node of the graph, by name.
 Constant = Callable[[str, Tensor], Node]

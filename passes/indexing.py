@@ -291,7 +291,7 @@ def _transpose(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
 
 
 def _t(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
-    return View(source, own[::-1]) if len(own) == 2 else None
+    return View(source, own[::-1])
 
 
 def _permute(node: Node, source: Node, own: tuple[Any, ...]) -> View | None:
@@ -405,6 +405,7 @@ _RULES: dict[Any, Callable[[Node, Node, tuple[Any, ...]], View | None]] = {
     aten.swapaxes.default: _transpose,
     aten.swapdims.default: _transpose,
     aten.t.default: _t,
+    aten.numpy_T.default: _t,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
     aten.narrow.default: _narrow,

@@ -41,12 +41,27 @@ def transposed(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Ten
     return sdpa(heads(q), k, v)
 
 
+def spelled(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return sdpa(heads(x @ w.T), k, v)
+
+
+def swapped(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return sdpa(heads(torch.matmul(x, w.mT)), k, v)
+
+
 def packed(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return sdpa(heads(F.linear(x, w)[..., : H // 2 * D]), k[:, :2], v[:, :2])
 
 
 @pytest.mark.parametrize(
-    ("attend", "rows"), [(rotated, (B, S, E)), (transposed, (B * S, E)), (packed, (B, S, E))]
+    ("attend", "rows"),
+    [
+        (rotated, (B, S, E)),
+        (transposed, (B * S, E)),
+        (spelled, (B, S, E)),
+        (swapped, (B, S, E)),
+        (packed, (B, S, E)),
+    ],
 )
 def test_the_product_is_found(attend: Any, rows: tuple[int, ...], trace: Trace) -> None:
     captured = trace(attend, *inputs())

@@ -130,7 +130,7 @@ def draw_view(draw: Draw, sizes: tuple[int, ...]) -> Callable[[torch.Tensor], to
                   "unbind", "repeat_interleave", "transpose",
                   "narrow", "movedim"]  # fmt: skip
     if rank == 2:
-        kinds.append("t")
+        kinds += ["t", "T"]
     if rank >= 2:
         kinds.append("mT")
     kind = draw(st.sampled_from(kinds))
@@ -169,8 +169,8 @@ def draw_view(draw: Draw, sizes: tuple[int, ...]) -> Callable[[torch.Tensor], to
         moved = draw(st.lists(st.integers(0, rank - 1), min_size=1, max_size=rank, unique=True))
         places = draw(st.permutations(range(rank)))[: len(moved)]
         return lambda x: x.movedim(moved, places)
-    if kind == "mT":
-        return lambda x: x.mT
+    if kind in ("mT", "T"):
+        return lambda x: getattr(x, kind)
     if kind == "select":
         at = draw(st.integers(-size, size - 1))
         return lambda x: x.select(d, at)
