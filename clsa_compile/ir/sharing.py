@@ -293,11 +293,11 @@ def _own_problems(plan: SharingPlan) -> list[str]:
 
 def _index_problems(plan: SharingPlan, pool: Pool) -> list[str]:
     """Returns what contradicts itself in a pool whose index was trained."""
+    from clsa_compile.ir.scores import parse_score  # needs sympy, for which loading a package does not wait
+
     if pool.index is None or pool.sources or pool.rows:
         return ["it needs an index, and nothing else"]
     index, layer = pool.index, plan.layers[pool.anchor]
-    from clsa_compile.ir.scores import parse_score  # needs sympy, for which loading a package does not wait
-
     found = []
     if pool.members != tuple(range(pool.anchor, pool.anchor + len(pool.members))):
         found.append(f"layer {pool.anchor} chooses: its members must be that one and those right after it")
