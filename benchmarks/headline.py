@@ -4,6 +4,7 @@ Random weights, bfloat16, static caches filled with random numbers, one CUDA GPU
 
     python benchmarks/headline.py --out docs/headline                   # everything, for hours
     python benchmarks/headline.py --out docs/headline --minutes 9       # goes on where the last call ended
+    python benchmarks/headline.py --out docs/headline --jobs 6          # six processes compile, one measures
     python benchmarks/headline.py --out docs/headline --only decode/131072 --quick
     python benchmarks/headline.py --out docs/headline --report          # table and plots of what is there
     python benchmarks/headline.py --out /tmp/headline --tiny            # a trial run, also on a CPU
@@ -18,18 +19,21 @@ time ran out. OUT.md says how each column is made.
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from beside import Turn, beside
 from decoders import (
     VARIANTS,
     Config,
@@ -72,12 +76,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """The sizes, and the machine."""
+    """The sizes, and the machine, which several processes may use in turn."""
 
     config: Config
     device: torch.device
     repeats: int
     quick: bool
+    turn: Turn = field(default_factory=Turn)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,16 +95,27 @@ class Bench:
 
     def fits(self, config: Config, batch: int, length: int) -> bool:
         """Tells whether weights and cache fit on the device, with something to spare."""
+        return self.need(config, batch, length) + 2 * GIB < self.room
+
+    @property
+    def room(self) -> float:
+        """Gives the bytes that may be used of the device's memory; a CPU's are not counted."""
         if self.device.type != "cuda":
-            return True
-        total = torch.cuda.get_device_properties(self.device).total_memory
+            return math.inf
+        return (1 - SPARE) * torch.cuda.get_device_properties(self.device).total_memory
+
+    def need(self, config: Config, batch: int, length: int) -> int:
+        """Counts the bytes of weights and cache."""
         item = self.dtype.itemsize
-        need = weight_count(config) * item + cache_formula(config, batch, length, item)
-        return need + 2 * GIB < (1 - SPARE) * total
+        return weight_count(config) * item + cache_formula(config, batch, length, item)
 
     def compile(self, model: Decoder, variant: Variant, *, replay: bool) -> Callable[..., Any]:
-        """Compiles a decoder; `replay` asks for CUDA graphs, which only a GPU has."""
+        """Compiles a decoder; `replay` asks for CUDA graphs, which only a GPU has.
+
+        Until its first call is compiled, it is another process' turn.
+        """
         forget_compiled(self.device)
+        self.turn.give_to_compile()
         mode = "reduce-overhead" if replay and self.device.type == "cuda" else None
         if variant.backend != "clsa":
             return torch.compile(model, backend=variant.backend, mode=mode, dynamic=False)
@@ -265,6 +281,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "rest": partial(rest, bench, variant, cell.batch),
         "prefill": partial(prefill, bench, variant, cell.length),
     }
+    bench.turn.take()
     try:
         if cell.kind == "check":
             return check(bench, variant, cell.length)
@@ -274,6 +291,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     finally:
         gc.collect()
         forget_compiled(bench.device)
+        bench.turn.give()
 
 
 def cells(arguments: argparse.Namespace, config: Config) -> Iterator[Cell]:
@@ -336,19 +354,66 @@ def run(arguments: argparse.Namespace, bench: Bench, results: Results, path: Pat
     if missing:
         results.bandwidth.append(read_bandwidth(bench.device))
         console.print(f"{len(missing)} cells; the device reads {results.bandwidth[-1] / 1e12:.2f} TB/s")
-    longest = 0.0
-    for number, cell in enumerate(missing, 1):
+    longest, left = 0.0, len(missing)
+
+    def more() -> bool:
         spent = time.monotonic() - begin
-        if arguments.minutes is not None and spent + longest > 60 * arguments.minutes:
-            console.print(f"time is up: {len(missing) - number + 1} cells are left; the same call goes on")
-            return False
-        results.cells[cell.key] = run_cell(bench, cell)
+        return arguments.minutes is None or spent + longest <= 60 * arguments.minutes
+
+    for cell, found, seconds in measured(missing, bench, arguments.jobs, more):
+        results.cells[cell.key] = found
         save(path, results)
-        longest = max(longest, time.monotonic() - begin - spent)
-        console.print(
-            f"{number}/{len(missing)} {cell.key}: {in_words(results.cells[cell.key])}", markup=False
-        )
-    return True
+        longest, left = max(longest, seconds), left - 1
+        console.print(f"{len(missing) - left}/{len(missing)} {cell.key}: {in_words(found)}", markup=False)
+    if left:
+        console.print(f"time is up: {left} cells are left; the same call goes on")
+    return not left
+
+
+def measured(
+    missing: list[Cell], bench: Bench, jobs: int, more: Callable[[], bool]
+) -> Iterator[tuple[Cell, dict[str, Any], float]]:
+    """Yields cells with what was found and the seconds it took, from one process or several."""
+    crowded = []
+    if jobs > 1:
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // jobs)))
+        with tempfile.TemporaryDirectory() as folder:
+            shared = replace(bench, turn=Turn(Path(folder) / "turn"))
+            work = {cell: memory(bench, cell) for cell in missing}
+            room = bench.room - jobs * GIB  # what a process takes that has done its work
+            for cell, (found, seconds) in beside(
+                work, partial(timed_cell, shared), processes=jobs, room=room, more=more
+            ):
+                if out_of_memory(found):
+                    crowded.append(cell)  # perhaps it was the others'
+                else:
+                    yield cell, found, seconds
+    for cell in crowded if jobs > 1 else missing:
+        if more():
+            yield cell, *timed_cell(bench, cell)
+
+
+def memory(bench: Bench, cell: Cell) -> int:
+    """Estimates the bytes that a cell needs: weights, cache, activations, what the libraries reserve."""
+    variant = VARIANTS[cell.variant]
+    config = bench.sized(variant)
+    if not bench.fits(config, cell.batch, cell.length):
+        config = bench.sized(variant, variant.depths[1])
+    tokens = cell.length * cell.batch if cell.kind in ("check", "prefill") else cell.batch
+    activations = 32 * config.hidden * tokens * bench.dtype.itemsize
+    return bench.need(config, cell.batch, max(cell.length, config.window)) + activations + 3 * GIB
+
+
+def out_of_memory(found: dict[str, Any]) -> bool:
+    """Tells whether a cell failed for lack of memory while it ran."""
+    return found.get("error", "").startswith("out of memory")
+
+
+def timed_cell(bench: Bench, cell: Cell) -> tuple[dict[str, Any], float]:
+    """Measures a cell, and how long that took."""
+    begin = time.monotonic()
+    return run_cell(bench, cell), time.monotonic() - begin
 
 
 def wanted(cell: Cell, arguments: argparse.Namespace) -> bool:
@@ -386,6 +451,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", help="1, 4, 8, 16, 32")
     parser.add_argument("--layers", type=int, help="other than the preset's")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; all compile, one measures")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args(arguments)

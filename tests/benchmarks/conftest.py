@@ -6,4 +6,6 @@ At the end of the path: a file there is called kernels.py, which transformers mu
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("examples", "benchmarks")]
+sys.path += [
+    str(Path(__file__).parents[2] / folder) for folder in ("examples", "benchmarks", "tests/benchmarks")
+]

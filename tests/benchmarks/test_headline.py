@@ -184,6 +184,38 @@ def test_only_and_minutes_leave_cells_for_later(measured: list[Cell], tmp_path: 
     assert len(measured) == 15
 
 
+def test_processes_measure_what_one_does(tmp_path: Path) -> None:
+    out = [*TINY, "--out", str(tmp_path / "h"), "--only", "check", "--jobs", "2"]
+    assert headline.main([*out, "--variants", "yoco"]) == 0
+    (found,) = json.loads((tmp_path / "h.json").read_text())["cells"].values()
+    assert found["passed"]
+
+
+def test_memory_that_several_lacked_is_asked_for_again_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [Cell("decode", "clsa", 64, batch) for batch in (1, 2)]
+    lacking = {"error": "out of memory: 9 GiB"}
+    monkeypatch.setattr(
+        headline,
+        "beside",
+        lambda work, *_, **__: ((c, (lacking if c.batch == 2 else made_up(c), 1.0)) for c in work),
+    )
+    monkeypatch.setattr(headline, "run_cell", lambda bench, cell: made_up(cell))
+    bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=False)
+    found = list(headline.measured(cells, bench, 2, lambda: True))
+    assert [(cell.batch, "error" in cells_found) for cell, cells_found, _ in found] == [
+        (1, False),
+        (2, False),
+    ]
+
+
+def test_memory_is_that_of_the_layers_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=False)
+    whole = headline.memory(bench, Cell("decode", "transformer", 2**20, 8))
+    assert whole > 32 * 2**20 * 8 * 2 * 2 * 8 * 4, "the cache of 32 layers"
+    monkeypatch.setattr(Bench, "fits", lambda self, config, batch, length: False)
+    assert headline.memory(bench, Cell("decode", "transformer", 2**20, 8)) < whole / 3
+
+
 def test_without_matplotlib_there_is_a_table(
     measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
