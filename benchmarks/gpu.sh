@@ -18,7 +18,7 @@ sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that e
   local tool=$1 shards=${SANITIZE_SHARDS:-14} gpus folder shard pids=() ours name only=()
   for name in ${SANITIZE_ONLY:-}; do only+=(--kernel-name "kernel_substring=$name"); done
   folder=$(mktemp -d)
-  gpus=$(nvidia-smi -L | wc -l)
+  mapfile -t gpus < <(if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then tr , '\n' <<< "$CUDA_VISIBLE_DEVICES"; else nvidia-smi --query-gpu=index --format=csv,noheader; fi)
   # torch's allocator would hide what lies beyond a tensor. Without it no CUDA graph can be captured, as
   # autotune's clock does.
   [ "$tool" = memcheck ] && export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -27,7 +27,7 @@ sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that e
     -m "gpu and not slow" --collect-only -q -p no:cacheprovider | grep :: | sort -t: -k1,1 > "$folder/all"
   split -d -n "r/$shards" "$folder/all" "$folder/shard."
   for shard in "$folder"/shard.*; do
-    CUDA_VISIBLE_DEVICES=$((${#pids[@]} % gpus)) timeout "${SANITIZE_SECONDS:-280}" \
+    CUDA_VISIBLE_DEVICES=${gpus[${#pids[@]} % ${#gpus[@]}]} timeout "${SANITIZE_SECONDS:-280}" \
       compute-sanitizer --tool "$tool" "${only[@]}" --log-file "$shard.found" \
       python3 -m pytest "@$shard" -v -p no:cacheprovider > "$shard.log" 2>&1 &
     pids+=("$!:$shard")
