@@ -34,7 +34,7 @@ class Finder(Protocol):
         """Returns anchors with one more."""
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns anchors after greedy flips by the loss on the sequences that a search may look at."""
+        """Returns anchors after greedy flips by the divergence on sequences that a search may look at."""
 
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of some anchors, and what was measured of it."""

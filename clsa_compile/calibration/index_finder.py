@@ -1,7 +1,8 @@
 """Search over a model with indexers: which of them need to run, and whose index the other layers read.
 
 Where a layer's own attention would lie within another one's selection says who may read whose index; dynamic
-programming finds the best anchors for that, and flips of single anchors follow the loss.
+programming finds the best anchors for that, and flips of single anchors follow the divergence from the model
+as it is.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class IndexFinder:
     def anchors(self, count: int) -> tuple[int, ...]:
         """Returns the best anchors of a number, exact for kept mass, or evenly spread ones that lose less."""
         starts = self._starts[count - 1], uniform(self.layers, count)
-        return min(starts, key=lambda anchors: sum(self._losses(anchors)))
+        return min(starts, key=lambda anchors: sum(self._divergences(anchors)))
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors after flips, those that keep most mass first."""
@@ -66,14 +67,14 @@ class IndexFinder:
         def likeliest(at: tuple[int, ...]) -> list[tuple[int, ...]]:
             return sorted(moves(at, self.layers), key=self._total)
 
-        return flipped(self._losses, anchors, likeliest, FLIPS * len(anchors))
+        return flipped(self._divergences, anchors, likeliest, FLIPS * len(anchors))
 
-    def _losses(self, anchors: tuple[int, ...]) -> list[float]:
+    def _divergences(self, anchors: tuple[int, ...]) -> list[float]:
         if anchors not in self._known:
             plan = self._plan(anchors)
             done = self._shown.stage(f"trying {len(anchors)} anchors", self._numbers[0])
             figures, _ = self._fitted.measure(partial(planned.shares, plan), plan.digest(), done)
-            self._known[anchors] = [f["loss"] / f["tokens"] for f in figures]
+            self._known[anchors] = [f["kl"] / f["tokens"] for f in figures]
         return self._known[anchors]
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from clsa_compile.policies.anchors import best, flipped, followers, grown, impro
 __all__ = ["POWER", "MassFinder"]
 
 # Flips that are tried: of those that the mass says cost at most so much more, the likeliest.
-FLIPS = 6
+FLIPS = 10
 NEAR = 1.2
 # Mass is the square root of the probability: sums of roots find what several heads look at a little.
 POWER = 0.5
@@ -79,20 +79,20 @@ class MassFinder:
         return grown(anchors, self.layers, self._costs.total)
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns anchors after flips that cost next to nothing more by the mass, and less by the loss."""
+        """Returns anchors after flips that cost hardly more by the mass, and less by the divergence."""
 
         def near(at: tuple[int, ...]) -> list[tuple[int, ...]]:
             most = NEAR * self._costs.total(at)
             costs = {move: self._costs.total(move, most) for move in moves(at, self.layers)}
             return sorted((move for move, cost in costs.items() if cost <= most), key=costs.__getitem__)
 
-        return flipped(self._losses, anchors, near, FLIPS)
+        return flipped(self._divergences, anchors, near, FLIPS)
 
-    def _losses(self, anchors: tuple[int, ...]) -> list[float]:
+    def _divergences(self, anchors: tuple[int, ...]) -> list[float]:
         plan = self._plan(anchors)
         done = self._shown.stage(f"trying {len(anchors)} anchors", self._numbers[0])
         figures, _ = self._fitted.measure(_request(plan), plan.digest(), done)
-        return [f["loss"] / f["tokens"] for f in figures]
+        return [f["kl"] / f["tokens"] for f in figures]
 
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of some anchors with fitted weights, and its quality on what was held out."""

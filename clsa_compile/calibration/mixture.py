@@ -131,8 +131,8 @@ class Costs:
         return total
 
     def _score(self, anchors: tuple[int, ...], members: tuple[int, ...]) -> Tensor:
-        features = self._features[list(anchors)]
-        return _mixed(self._table, features, self._targets[list(members)].sum(0), SEARCH_STEPS) @ features
+        features, worth = self._features[list(anchors)], self._targets[list(members)].sum(0)
+        return (_mixed(self._table, features, worth[None], SEARCH_STEPS) @ features)[0]
 
 
 def fit(
@@ -144,32 +144,34 @@ def fit(
     """
     before = [a for a in anchors if a <= anchor]
     features = torch.cat([table.mass[a] for a in before])
-    found: dict[int, list[tuple[float, ...]]] = {a: [] for a in before}
-    for j in range(sets):
-        worth = [table.second[m] if sets == 1 else table.second[m][j : j + 1] for m in members]
-        weights = _mixed(table, features, torch.cat(worth).sum(0), FIT_STEPS)
-        parts = weights.split([len(table.mass[a]) for a in before])
-        for a, part in zip(before, parts, strict=True):
-            found[a].append(tuple(float(f"{w:.{DIGITS}g}") for w in part.tolist()))
-    return {a: tuple(rows) for a, rows in found.items()}
+    worth = sum(table.second[m] if sets > 1 else table.second[m].sum(0, keepdim=True) for m in members)
+    assert isinstance(worth, Tensor)
+    weights = _mixed(table, features, worth, FIT_STEPS)
+    parts = weights.split([len(table.mass[a]) for a in before], 1)
+    return {
+        a: tuple(tuple(float(f"{w:.{DIGITS}g}") for w in row) for row in part.tolist())
+        for a, part in zip(before, parts, strict=True)
+    }
 
 
 def _mixed(table: Table, features: Tensor, worth: Tensor, steps: int) -> Tensor:
-    """Returns weights [F] of features [F, N] whose sum is nearest to the root of a worth [N]."""
-    target = table.by_row(worth.sqrt()).sqrt()
+    """Returns weights [J, F] of features [F, N] whose sums are nearest to the roots of J worths [J, N]."""
+    target = torch.stack([table.by_row(one.sqrt()) for one in worth]).sqrt()
     return expectation_maximised(features, target, steps)
 
 
 def expectation_maximised(features: Tensor, target: Tensor, steps: int) -> Tensor:
-    """Returns w >= 0 [F] that lessens KL(target || w features); features [F, N], target [N], w sums to 1."""
+    """Returns w >= 0 [J, F], each to lessen KL(target || w features), that sum to 1.
+
+    features [F, N]; target [J, N], whose J rows have nothing to do with each other.
+    """
     total = features.sum(1)
-    weights = torch.full_like(total, 1 / len(total))
-    weights *= target.sum() / (weights @ total).clamp(min=1e-30)
-    floor = 1e-6 * target.mean()
+    weights = (target.sum(1) / total.mean().clamp(min=1e-30) / len(total))[:, None].expand(-1, len(total))
+    floor = 1e-6 * target.mean(1, keepdim=True)
     for _ in range(steps):
         mixed = weights @ features + floor
-        weights = weights * (features @ (target / mixed)) / total.clamp(min=1e-30)
-    return weights / weights.sum().clamp(min=1e-30)
+        weights = weights * ((target / mixed) @ features.T) / total.clamp(min=1e-30)
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def _padded(part: Tensor, length: int, device: torch.device) -> Tensor:

@@ -119,9 +119,9 @@ def flipped(
 ) -> Anchors:
     """Returns anchors after greedy flips: each goes over to a proposal under which a model loses less.
 
-    losses(anchors) is the loss on each of several texts. A proposal is taken where the mean gain exceeds its
-    standard error, so that what only fits these texts is not. Ends after so many `tries`, or when all that
-    is proposed has been tried.
+    losses(anchors) is what is lost on each of several texts. A proposal is taken where the mean gain exceeds
+    its standard error, so that what only fits these texts is not. Ends after so many `tries`, or when there
+    is nothing more to try.
     """
     seen = {anchors}
     current: Sequence[float] = ()

@@ -160,12 +160,12 @@ def _fresh() -> None:
 
 @pytest.fixture
 def only_layer_3_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To every judge the loss is twice as large where layer 3 follows another one."""
+    """To every judge the divergence is twice as large where layer 3 follows another one."""
     real = judging.Judge.measure
 
     def measured(self: Any, change: Any, *args: Any) -> Any:
         figures, pools = real(self, change, *args)
         followed = any(3 in pool.members for pool in pools)
-        return [{**f, "loss": f["loss"] * (1 + followed)} for f in figures], pools
+        return [{**f, "kl": f["kl"] * (1 + followed)} for f in figures], pools
 
     monkeypatch.setattr(judging.Judge, "measure", measured)

@@ -54,7 +54,7 @@ def test_what_compiles_is_what_was_judged(
     assert abs(by_hand.loss - searched.quality.loss) < 1e-6
 
 
-def test_moves_of_anchors_follow_the_loss(
+def test_moves_of_anchors_follow_the_divergence(
     selecting: Any, tokens: list[Tensor], only_layer_3_matters: None
 ) -> None:
     """An anchor gets to layer 3 from any start."""

@@ -77,7 +77,7 @@ def test_a_killed_search_goes_on_where_it_was(
         assert made == whole
 
 
-def test_flips_of_anchors_follow_the_loss(
+def test_flips_of_anchors_follow_the_divergence(
     model: Any,
     tokens: list[Tensor],
     asked: Asked,
