@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from filelock import BaseFileLock, FileLock
-from torch._dynamo.callback import callback_handler
 
 Key = TypeVar("Key")
 Found = TypeVar("Found")
@@ -39,14 +38,6 @@ class Turn:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         lock(self.path).release(force=True)
-
-    def give_to_compile(self) -> None:
-        """Gives the turn away while torch.compile works, and takes it before what it made runs."""
-        if not self.path:
-            return
-        self.give()
-        # torch.compiler.reset() forgets callbacks, so there is one for each time.
-        callback_handler.register_end_callback(lambda _: self.take())
 
     @property
     def held(self) -> bool:

@@ -74,6 +74,28 @@ class Cell:
         return f"{self.kind}/{self.length}/{self.batch}/{self.variant}"
 
 
+@torch.library.custom_op("headline::wait_for_turn", mutates_args=())
+def wait_for_turn(ids: Tensor, path: str) -> Tensor:
+    """Waits where compiled code begins to run until it is this process' turn."""
+    Turn(Path(path)).take()
+    return ids.clone()
+
+
+@wait_for_turn.register_fake
+def _(ids: Tensor, path: str) -> Tensor:
+    return torch.empty_like(ids)
+
+
+def waiting(model: Decoder, turn: Turn) -> Callable[..., Tensor]:
+    """Returns a decoder that runs when it is this process' turn."""
+    path = str(turn.path)
+
+    def run(ids: Tensor, *others: Any) -> Tensor:
+        return model(wait_for_turn(ids, path), *others)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Bench:
     """The sizes, and the machine, which several processes may use in turn."""
@@ -112,15 +134,17 @@ class Bench:
     def compile(self, model: Decoder, variant: Variant, *, replay: bool) -> Callable[..., Any]:
         """Compiles a decoder; `replay` asks for CUDA graphs, which only a GPU has.
 
-        Until its first call is compiled, it is another process' turn.
+        From now on it is another process' turn. What compiles waits for it before it runs, but for steps: a
+        CUDA graph cannot wait, and their first run takes no time.
         """
         forget_compiled(self.device)
-        self.turn.give_to_compile()
+        self.turn.give()
+        runs = waiting(model, self.turn) if self.turn.path and not replay else model
         mode = "reduce-overhead" if replay and self.device.type == "cuda" else None
         if variant.backend != "clsa":
-            return torch.compile(model, backend=variant.backend, mode=mode, dynamic=False)
+            return torch.compile(runs, backend=variant.backend, mode=mode, dynamic=False)
         options = variant.options | ({"mode": mode} if mode else {})
-        return torch.compile(model, backend="clsa", options=options or None, dynamic=False)
+        return torch.compile(runs, backend="clsa", options=options or None, dynamic=False)
 
 
 def by_layers(bench: Bench, variant: Variant, batch: int, length: int, run: Callable[..., dict]) -> dict:
@@ -192,6 +216,7 @@ def timed_step(
     call(forward, cache, ids, position)
     synchronize(bench.device)
     compiled = time.perf_counter() - begin
+    bench.turn.take()
     step = partial(call, forward, cache, ids, position)
     timing = measure(step, lambda: None, bench.device, steps=STEPS, repeats=bench.repeats)
     return {

@@ -41,7 +41,7 @@ def test_nothing_is_begun_after_the_time_is_up() -> None:
     )
 
 
-def test_all_compile_at_once_and_one_measures(tmp_path: Path) -> None:
+def test_one_measures_at_a_time(tmp_path: Path) -> None:
     work = dict.fromkeys("abc", 1)
     found = dict(beside(work, partial(in_turn, Turn(tmp_path / "turn")), processes=3, room=9))
     assert not overlapping([span for spans in found.values() for span in spans])
@@ -49,8 +49,9 @@ def test_all_compile_at_once_and_one_measures(tmp_path: Path) -> None:
 
 def test_alone_it_is_always_ones_turn() -> None:
     turn = Turn()
-    for act in (turn.take, turn.give_to_compile, turn.give, turn.give):
+    for act in (turn.take, turn.give, turn.give):
         act()
+        assert turn.held
 
 
 def test_a_process_that_dies_is_told() -> None:
