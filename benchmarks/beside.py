@@ -1,8 +1,11 @@
 """Measures in several processes: all may compile at the same time, one at a time has the device."""
 
 import gc
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -51,15 +54,24 @@ def lock(path: Path) -> BaseFileLock:
     return FileLock(path)
 
 
+@contextmanager
+def one_turn() -> Iterator[Turn]:
+    """Yields a turn for processes to share, of which nothing is left afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Turn(Path(folder) / "turn")
+
+
 def beside(
     work: Mapping[Key, int],
     run: Callable[[Key], Found],
     *,
     processes: int,
-    room: int,
+    room: float,
     more: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[Key, Found]]:
     """Runs work in processes and yields what was found, in the order in which it ends.
+
+    They share the cores for what Inductor compiles in parallel, unless TORCHINDUCTOR_COMPILE_THREADS is set.
 
     Args:
         work: what to run, with the bytes of memory that each needs.
@@ -75,6 +87,8 @@ def beside(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // processes)))
     waiting = dict(work)
     running: dict[Future[Found], Key] = {}
 

@@ -17,7 +17,6 @@ import argparse
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beside import Turn, beside
+from beside import Turn, beside, one_turn
 from decode import Bench as Steps
 from decode import Setting
 from rich.console import Console
@@ -195,9 +194,8 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
     if arguments.device != "cuda" or not arguments.batch:
         return rows
     names = ["exact" if plan is None else plan.digest() for plan in plans]
-    for known in step_times(
-        dict(zip(names, plans, strict=True)), arguments, lambda: time.perf_counter() < end
-    ):
+    named = dict(zip(names, plans, strict=True))
+    for known in step_times(named, arguments, lambda: time.perf_counter() < end):
         rows = [replace(row, step_ms=known.get(name)) for row, name in zip(rows, names, strict=True)]
         write(rows, arguments)
     return rows
@@ -211,8 +209,8 @@ def step_times(
     known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
     yield known
     missing = {name: plan for name, plan in plans.items() if name not in known}
-    with tempfile.TemporaryDirectory() as folder:
-        turn = Turn(Path(folder) / "turn")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with one_turn() as turn:
         clock = Clock(arguments.model, arguments.batch, arguments.cache, missing, turn)
         work, jobs = dict.fromkeys(missing, 1), arguments.jobs
         for name, found in beside(work, clock.milliseconds, processes=jobs, room=jobs, more=more):

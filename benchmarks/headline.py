@@ -24,7 +24,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beside import Turn, beside
+from beside import Turn, beside, one_turn
 from decoders import (
     VARIANTS,
     Config,
@@ -399,22 +398,18 @@ def measured(
     missing: list[Cell], bench: Bench, jobs: int, more: Callable[[], bool]
 ) -> Iterator[tuple[Cell, dict[str, Any], float]]:
     """Yields cells with what was found and the seconds it took, from one process or several."""
-    crowded = []
+    alone = [] if jobs > 1 else missing
     if jobs > 1:
-        cores = len(os.sched_getaffinity(0))
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // jobs)))
-        with tempfile.TemporaryDirectory() as folder:
-            shared = replace(bench, turn=Turn(Path(folder) / "turn"))
+        with one_turn() as turn:
             work = {cell: memory(bench, cell) for cell in missing}
             room = bench.room - jobs * GIB  # what a process takes that has done its work
-            for cell, (found, seconds) in beside(
-                work, partial(timed_cell, shared), processes=jobs, room=room, more=more
-            ):
+            measure_cell = partial(timed_cell, replace(bench, turn=turn))
+            for cell, (found, seconds) in beside(work, measure_cell, processes=jobs, room=room, more=more):
                 if out_of_memory(found):
-                    crowded.append(cell)  # perhaps it was the others'
+                    alone.append(cell)  # perhaps it was the others'
                 else:
                     yield cell, found, seconds
-    for cell in crowded if jobs > 1 else missing:
+    for cell in alone:
         if more():
             yield cell, *timed_cell(bench, cell)
 

@@ -14,7 +14,6 @@ import pytest
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> argparse.Namespace:
-    (tmp_path / "distilling").mkdir()
     return argparse.Namespace(out=tmp_path, batch=2, cache=64, model=None, jobs=3)
 
 
