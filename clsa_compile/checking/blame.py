@@ -10,8 +10,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from clsa_compile.backend import transform
-from clsa_compile.checking.calls import Backend, Call
+from clsa_compile.checking.calls import Call
 from clsa_compile.checking.differences import Check, Measure, differences
+from clsa_compile.checking.traced import Backend
 from clsa_compile.config import Options
 from clsa_compile.errors import ClsaError, ClsaWarning
 from clsa_compile.ir.skips import PASSES

@@ -5,36 +5,48 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Backend", "Call", "doubled", "tensors"]
+from clsa_compile.checking.traced import Backend, Traced
 
-Backend = Callable[..., Any]
+__all__ = ["Call", "doubled", "tensors"]
 
 
 @dataclass(slots=True)
 class Call:
-    """A call that can be repeated: each run gets copies of the arguments and a compile of its own."""
+    """A call that can be repeated: each run gets the same copies of the arguments, filled again.
+
+    A backend that is a function gets the graphs that Dynamo found for the one before it, as long as they fit;
+    a name is compiled by itself. Dynamo may remember which tensors it has seen, so copies stay the same.
+    """
 
     model: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    _copies: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _traced: Traced | None = None
 
     def run(
         self, backend: str | Backend | None, options: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Returns what a run returns and leaves in its arguments, by name."""
-        args, kwargs = copy.deepcopy((self.args, dict(self.kwargs)))
-        function = self._fresh()
-        if backend is not None:
+        args, kwargs = self._arguments()
+        if backend is None:
+            function = self._fresh()
+        elif isinstance(backend, str):
             given = None if options is None else dict(options)
-            function = torch.compile(function, backend=backend, options=given)
+            function = torch.compile(self._fresh(), backend=backend, options=given)
+        else:
+            function = self._trace().by(backend)
+        graphs = self._traced.graphs if self._traced else 0
         with torch.no_grad():
             result = function(*args, **kwargs)
+        if self._traced and graphs and self._traced.graphs > graphs:
+            self._traced = None  # graphs did not fit; a function has few of them before Dynamo gives it up
         named = (*tensors(result, "output"), *tensors(kwargs, ""), *tensors(args, "argument"))
         found: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -43,6 +55,21 @@ class Call:
                 seen.add(id(tensor))
                 found[name] = tensor.detach().clone()
         return found
+
+    def _arguments(self) -> tuple[Any, Any]:
+        """Returns copies: containers and objects are new ones, the tensors in them those of the last run."""
+        given = self.args, dict(self.kwargs)
+        memo: dict[int, Any] = {key: mine for key, (_, mine) in self._copies.items()}
+        for original, mine in self._copies.values():
+            mine.untyped_storage().copy_(original.untyped_storage())
+        args, kwargs = copy.deepcopy(given, memo)
+        self._copies = {id(x): (x, memo[id(x)]) for _, x in tensors(given, "")}
+        return args, kwargs
+
+    def _trace(self) -> Traced:
+        if self._traced is None:
+            self._traced = Traced(self._fresh())
+        return self._traced
 
     def _fresh(self) -> Callable[..., Any]:
         """Returns a function with code of its own: Dynamo's cache of the model stays as it is."""

@@ -75,6 +75,43 @@ def passes() -> Passes:
     return Passes()
 
 
+class Traced:
+    """Models that Dynamo traces once, for tests that differ in nothing but options.
+
+    What `Passes` do with a graph is theirs; the graph itself is the same for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[nn.Module, Any] = {}
+        self._passes = Passes()
+
+    def __call__(self, model: nn.Module, passes: Passes) -> Any:
+        """Returns `model`, compiled with `passes`, until it is called with others."""
+        self._passes = passes
+        if model not in self._models:
+            self._models[model] = torch.compile(model, backend=self._compile)
+        return self._models[model]
+
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        made: dict[int, tuple[Passes, Callable[..., Any]]] = {}
+
+        def run(*args: Any) -> Any:
+            passes = self._passes
+            if id(passes) not in made:
+                made[id(passes)] = passes, passes(gm, inputs)
+            return made[id(passes)][1](*args)
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def traced() -> Iterator[Traced]:
+    """Compiles a model for one test after the other; what Dynamo has found stays until the module ends."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield Traced()
+    torch._dynamo.reset()
+
+
 def random_indices(
     model: nn.Module, score: str = "sum: exp(dot + weight)", kv_heads: int = 2, first: int = 0
 ) -> SharingPlan:
@@ -141,10 +178,11 @@ def make_passes() -> type[Passes]:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Forgets compiled code, counters and warnings, so that tests do not see each other."""
-    torch._dynamo.reset()
+    forget = torch._dynamo.reset if "traced" not in request.fixturenames else lambda: None
+    forget()
     counters.clear()
     clsa_compile.backend._warn_once.cache_clear()
     yield
-    torch._dynamo.reset()
+    forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -24,6 +25,7 @@ TOPK = {"topk": 8, "keep_first": 2, "keep_last": 3}
 POOL = 14
 
 
+@functools.cache
 def llama(**changes: Any) -> nn.Module:
     return tiny("llama", num_hidden_layers=LAYERS, **changes)
 
@@ -125,11 +127,11 @@ ATTENDED = [
 
 @pytest.mark.parametrize(("share", "schedule", "prefill", "cache"), ATTENDED)
 def test_layers_attend_to_what_their_anchor_looked_at(
-    share: Any, schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
+    share: Any, schedule: str, prefill: str, cache: str, passes: Any, traced: Any, oracle: Any
 ) -> None:
     passes.options = Options.read({**TOPK, "share": share, "prefill": prefill})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     expected = oracle(model, cache, schedule, prefill == "sparse")
     assert largest_difference(expected, ours) < TOLERANCE
     dense = run(model, model.config, cache)
@@ -152,11 +154,11 @@ def test_layers_attend_to_what_their_anchor_looked_at(
     ],
 )
 def test_layers_choose_again_among_what_was_offered(
-    schedule: str, prefill: str, cache: str, passes: Any, oracle: Any
+    schedule: str, prefill: str, cache: str, passes: Any, traced: Any, oracle: Any
 ) -> None:
     passes.options = Options.read({**TOPK, "share": schedule, "pool": POOL, "prefill": prefill})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     expected = oracle(model, cache, schedule, prefill == "sparse")
     assert largest_difference(expected, ours) < TOLERANCE
     sparse = [plan for plan in passes.plans if plan.pools]
@@ -177,20 +179,22 @@ def test_layers_choose_again_among_what_was_offered(
         (20, "dense", "dynamic"),
     ],
 )
-def test_rows_of_few_tokens_are_dense(below: int, prefill: str, cache: str, passes: Any, oracle: Any) -> None:
+def test_rows_of_few_tokens_are_dense(
+    below: int, prefill: str, cache: str, passes: Any, traced: Any, oracle: Any
+) -> None:
     """Prompts of 20 tokens, one sequence with 3 of padding, and 6 steps: some rows below, some above."""
     passes.options = Options.read({**TOPK, "share": 3, "prefill": prefill, "dense_below": below})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     expected = oracle(model, cache, "FSSFS", prefill == "sparse", below=below)
     assert largest_difference(expected, ours) < TOLERANCE
     assert largest_difference(oracle(model, cache, "FSSFS", prefill == "sparse"), ours) > TOLERANCE
 
 
-def test_a_pool_of_all_keys_is_the_dense_layer(passes: Any, oracle: Any) -> None:
+def test_a_pool_of_all_keys_is_the_dense_layer(passes: Any, traced: Any, oracle: Any) -> None:
     passes.options = Options.read({**TOPK, "share": "FSRSS", "pool": LENGTH, "prefill": "sparse"})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(oracle(model, "static", "FSFSS", True), ours) < TOLERANCE
     assert all(plan.schedule == "FSFSS" for plan in passes.plans)
 
@@ -199,43 +203,43 @@ def test_a_pool_of_all_keys_is_the_dense_layer(passes: Any, oracle: Any) -> None
 @pytest.mark.parametrize("scope", ["layer", "kv_head"])
 @pytest.mark.parametrize("share", ["off", 3])
 def test_a_set_for_all_heads_or_one_a_kv_head(
-    share: Any, scope: str, prefill: str, passes: Any, oracle: Any
+    share: Any, scope: str, prefill: str, passes: Any, traced: Any, oracle: Any
 ) -> None:
     passes.options = Options.read({**TOPK, "share": share, "scope": scope, "prefill": prefill})
     model = llama(num_attention_heads=4, num_key_value_heads=2)
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     expected = oracle(model, "static", "FSSFS", prefill == "sparse", scope, own=share == "off")
     assert largest_difference(expected, ours) < TOLERANCE
 
 
-def test_more_tokens_than_keys_is_dense(passes: Any) -> None:
+def test_more_tokens_than_keys_is_dense(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"topk": LENGTH, "share": 2, "prefill": "sparse"})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(run(model, model.config, "static"), ours) < TOLERANCE
     assert all("48 keys, and 48 would be selected" in reason for reason in passes.reasons)
     assert not any(plan.pools for plan in passes.plans)
 
 
-def test_while_tokens_are_fewer_than_selected_it_is_exact(passes: Any) -> None:
+def test_while_tokens_are_fewer_than_selected_it_is_exact(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"topk": LENGTH - 1, "share": 2, "prefill": "sparse"})
     model = llama()
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(run(model, model.config, "static"), ours) < TOLERANCE
     assert all(plan.pools for plan in passes.plans)
 
 
-def test_prompts_stay_dense_and_say_so(passes: Any) -> None:
+def test_prompts_stay_dense_and_say_so(passes: Any, traced: Any) -> None:
     passes.options = Options.read({**TOPK, "share": 2})
     model = llama()
-    run(torch.compile(model, backend=passes), model.config, "none")
+    run(traced(model, passes), model.config, "none")
     assert passes.reasons == ["a prompt: stays dense"] * 2
 
 
-def test_window_layers_are_not_counted(passes: Any) -> None:
+def test_window_layers_are_not_counted(passes: Any, traced: Any) -> None:
     passes.options = Options.read({**TOPK, "share": "FS", "prefill": "sparse"})
     model = tiny("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
-    run(torch.compile(model, backend=passes), model.config, "static")
+    run(traced(model, passes), model.config, "static")
     for plan in passes.plans:
         assert plan.schedule == "FS"
         assert [site.action for site in plan.sites] == ["attention", "attention", "attention", "sparse"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ class Oracle:
         return torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0)
 
 
+@functools.cache
+def made(family: str) -> nn.Module:
+    return tiny(family, num_hidden_layers=LAYERS)
+
+
 def run(model: Any, config: Any, cache: str) -> Transcript:
     return generate_steps(
         model, config, cache=cache, steps=STEPS, prompt=PROMPT, padding=3, batch=2, length=LENGTH
@@ -104,12 +110,12 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
     ],
 )
 def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
-    family: str, prefill: str, cache: str, passes: Any, index_plan: Any
+    family: str, prefill: str, cache: str, passes: Any, traced: Any, index_plan: Any
 ) -> None:
-    model = tiny(family, num_hidden_layers=LAYERS)
+    model = made(family)
     plan = index_plan(model)
     passes.options = Options.read({"share": plan, "prefill": prefill})
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     wanted = expected(model, plan, cache, prefill == "sparse")
     assert largest_difference(wanted, ours) < TOLERANCE
     if cache != "none" or prefill == "sparse":
@@ -120,37 +126,38 @@ def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
 # Which heads are read is settled before they are scored.
 @pytest.mark.parametrize(("score", "kv_heads", "first"), [(MIXTURE, 1, 1), (LIGHTNING.text, 1, 0)])
 def test_an_index_may_read_some_key_heads_only(
-    score: str, kv_heads: int, first: int, passes: Any, index_plan: Any
+    score: str, kv_heads: int, first: int, passes: Any, traced: Any, index_plan: Any
 ) -> None:
-    model = tiny("llama", num_hidden_layers=LAYERS)
+    model = made("llama")
     plan = index_plan(model, score=score, kv_heads=kv_heads, first=first)
     passes.options = Options.read({"share": plan, "prefill": "sparse"})
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(expected(model, plan, "static", True), ours) < TOLERANCE
 
 
-def test_the_file_of_a_plan_is_the_plan(tmp_path: Path, passes: Any, index_plan: Any) -> None:
-    model = tiny("llama", num_hidden_layers=LAYERS)
+def test_the_file_of_a_plan_is_the_plan(
+    tmp_path: Path, make_passes: Any, traced: Any, index_plan: Any
+) -> None:
+    model = made("llama")
     plan = index_plan(model)
     path = tmp_path / "plan.json"
     plan.save(path)
     transcripts = []
     for share in (plan, str(path)):
-        torch.compiler.reset()
-        passes.options = Options.read({"share": share, "prefill": "sparse"})
-        transcripts.append(run(torch.compile(model, backend=passes), model.config, "static"))
+        passes = make_passes(options=Options.read({"share": share, "prefill": "sparse"}))
+        transcripts.append(run(traced(model, passes), model.config, "static"))
     assert largest_difference(*transcripts) == 0
 
 
 def test_another_model_is_refused(index_plan: Any) -> None:
-    plan = index_plan(tiny("llama", num_hidden_layers=LAYERS))
+    plan = index_plan(made("llama"))
     other = tiny("llama", num_hidden_layers=LAYERS + 1)
     with pytest.raises(BackendCompilerFailed, match=re.escape("the plan is for 4 dense layers that can")):
         clsa_compile.inspect(other, torch.arange(30)[None], options={"share": plan})
 
 
 def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:
-    model = tiny("llama", num_hidden_layers=LAYERS)
+    model = made("llama")
     options = {"share": index_plan(model), "prefill": "sparse"}
     text = str(clsa_compile.inspect(model, torch.arange(30)[None], options=options))
     assert "layers 0, 1 share an index trained for them, over the keys of layer 0" in text
@@ -161,7 +168,7 @@ def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_the_option_works_through_torch_compile(index_plan: Any) -> None:
-    model = tiny("llama", num_hidden_layers=LAYERS)
+    model = made("llama")
     plan = index_plan(model)
     options = {"share": plan, "prefill": "sparse", "strict": True}
     ids = torch.arange(40)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -23,7 +24,12 @@ LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 12, 4, 48, 1e-4
 DENSE_MLP = {"num_hidden_layers": LAYERS, "mlp_layer_types": ["dense"] * LAYERS}
 
 
-def glm(**changes: Any) -> nn.Module:
+@functools.cache
+def glm() -> nn.Module:
+    return made()
+
+
+def made(**changes: Any) -> nn.Module:
     return tiny("glm_moe_dsa", **DENSE_MLP, **changes)
 
 
@@ -35,7 +41,7 @@ def run(model: Any, config: Any, cache: str) -> Transcript:
 
 def with_schedule(schedule: str) -> nn.Module:
     """The model as Hugging Face configures that schedule, with the weights of `glm()`."""
-    model = glm(indexer_types=[{"F": "full", "S": "shared"}[role] for role in schedule])
+    model = made(indexer_types=[{"F": "full", "S": "shared"}[role] for role in schedule])
     missing, unused = model.load_state_dict(glm().state_dict(), strict=False)
     assert not missing
     assert all(".indexer." in name for name in unused)
@@ -56,12 +62,12 @@ def with_schedule(schedule: str) -> nn.Module:
     ],
 )
 def test_sharing_is_what_the_same_schedule_is_in_the_model(
-    share: int | str, schedule: str, cache: str, passes: Any
+    share: int | str, schedule: str, cache: str, passes: Any, traced: Any
 ) -> None:
     passes.options = Options.read({"share": share})
     model = glm()
     expected = run(with_schedule(schedule), model.config, cache)
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     assert largest_difference(expected, ours) < TOLERANCE
     assert passes.plans
     for plan in passes.plans:
@@ -102,12 +108,12 @@ class Lattice(TorchFunctionMode):
     [("FSRSS", 10, "static"), ("FRSRF", 9, "static"), ("FRSFR", 12, "static"), ("FRSRF", 9, "dynamic")],
 )
 def test_indexers_select_again_among_what_was_offered(
-    schedule: str, pool: int, cache: str, passes: Any
+    schedule: str, pool: int, cache: str, passes: Any, traced: Any
 ) -> None:
     passes.options = Options.read({"share": schedule, "pool": pool})
     model = glm()
     twin = with_schedule(schedule.replace("R", "F"))
-    ours = run(torch.compile(model, backend=passes), model.config, cache)
+    ours = run(traced(model, passes), model.config, cache)
     all_keys = run(twin, model.config, cache)
     with Lattice(schedule, pool):
         expected = run(twin, model.config, cache)
@@ -139,12 +145,12 @@ def test_a_pool_that_leaves_nothing_to_choose_is_an_error() -> None:
         clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": "FRSSS", "pool": 2})
 
 
-def test_caches_stay_what_eager_makes_them(passes: Any) -> None:
+def test_caches_stay_what_eager_makes_them(passes: Any, traced: Any) -> None:
     """The first layers of a run are exact; the index keys of all are written, for an eager step may come."""
     passes.options = Options.read({"share": "FSSSS"})
     model = glm()
     eager = run(model, model.config, "static")
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert len(ours.cache.layers) == LAYERS
     for mine, theirs in zip(ours.cache.layers, eager.cache.layers, strict=True):
         for (name, got), (_, want) in zip(_tensors(mine), _tensors(theirs), strict=True):
@@ -158,11 +164,11 @@ def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, x) for name, x in found if isinstance(x, torch.Tensor) and x.dim() > 2]
 
 
-def test_reclaimed_key_caches_are_not_written(passes: Any) -> None:
+def test_reclaimed_key_caches_are_not_written(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"share": "FSSFS", "reclaim": True})
     model = glm()
     expected = run(with_schedule("FSSFS"), model.config, "static")
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(expected, ours) < TOLERANCE
     for plan, targets in zip(passes.plans, passes.rewritten, strict=True):
         assert plan.invalid == (1, 2, 4)
@@ -174,10 +180,10 @@ def test_reclaimed_key_caches_are_not_written(passes: Any) -> None:
         torch.testing.assert_close(mine.keys, theirs.keys, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_growing_key_caches_stay(passes: Any) -> None:
+def test_growing_key_caches_stay(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"share": "FSSSS", "reclaim": True})
     model = glm()
-    ours = run(torch.compile(model, backend=passes), model.config, "dynamic")
+    ours = run(traced(model, passes), model.config, "dynamic")
     assert all(plan.invalid == () for plan in passes.plans)
     assert largest_difference(run(with_schedule("FSSSS"), model.config, "dynamic"), ours) < TOLERANCE
 
@@ -191,12 +197,12 @@ def test_the_report_names_what_is_no_longer_written() -> None:
     assert "the index keys of layers 1, 2, 3, 4 are not written" in str(report)
 
 
-def test_a_schedule_of_the_model_is_kept(passes: Any) -> None:
+def test_a_schedule_of_the_model_is_kept(passes: Any, traced: Any) -> None:
     """Layers 1 and 4 have no indexers; the others follow `share`."""
     passes.options = Options.read({"share": "FSFSS"})
     model = with_schedule("FSFFS")
     expected = run(with_schedule("FSFSS"), model.config, "static")
-    ours = run(torch.compile(model, backend=passes), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
     assert largest_difference(expected, ours) < TOLERANCE
     assert {plan.schedule for plan in passes.plans} == {"FSFSS"}
     assert {len(plan.shares) for plan in passes.plans} == {1}
