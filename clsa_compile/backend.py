@@ -17,7 +17,14 @@ from torch.fx import GraphModule
 from clsa_compile.capture.dynamo import capture, higher_order, name_buffers, subclass_input, uses_autocast
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels, torch_kernels
-from clsa_compile.errors import ClsaError, ClsaWarning, MissingTritonError, OptionError, StrictError
+from clsa_compile.errors import (
+    ClsaError,
+    ClsaWarning,
+    MissingTritonError,
+    OptionError,
+    PlanError,
+    StrictError,
+)
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.plan import Plan, SitePlan
 from clsa_compile.ir.routing import Request, Sharing
@@ -26,8 +33,8 @@ from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.variants import Variant
 from clsa_compile.pace import roomy, uncollected
 from clsa_compile.passes.pipeline import Decision, Observer, carry_out, decide, missing, uuid
-from clsa_compile.passes.route import UNMADE
-from clsa_compile.passes.savings import stripped
+from clsa_compile.passes.route import REFUSED
+from clsa_compile.passes.savings import parameter, stripped
 from clsa_compile.policies import planned
 from clsa_compile.policies.dense import Dense, route
 from clsa_compile.policies.schedule import shares
@@ -56,6 +63,7 @@ def clsa(
     left = _left_whole(gm, example_inputs)
     if left is not None:
         return alone(*left)
+    _check_weights(gm, example_inputs, chosen)
     try:
         module = transform(gm, chosen, watch)
     except (StrictError, OptionError):
@@ -83,6 +91,7 @@ def examine(
     left = _left_whole(gm, example_inputs)
     if left is not None:
         return f"{left[0]}: {left[1]}"
+    _check_weights(gm, example_inputs, options)
     try:
         captured = capture(gm, "replay" not in options.skips)
         decision = decided(captured, options)
@@ -175,12 +184,26 @@ def decided(captured: Captured, options: Options, observe: Observer | None = Non
             f"{len(needed)} weights that this graph reads were freed by plan.strip(model), as {needed[0]}: "
             "compile with the options of that plan, or load the weights again"
         )
+    _check_number(decision, options)
     if request is not None and any(site.has_selection for site in decision.sites.attention):
         raise OptionError(
             f"topk={options.topk} is for dense layers, and this model selects tokens by itself: "
             "its own number stands; leave 'topk' out"
         )
     return decision
+
+
+def _check_number(decision: Decision, options: Options) -> None:
+    """Raises PlanError for a plan of layers with indexers that select another number of tokens."""
+    plan = options.share
+    if not isinstance(plan, SharingPlan) or plan.kind != "index":
+        return
+    others = {s.indexer.topk for s in decision.sites.attention if s.indexer is not None} - {plan.topk}
+    if others:
+        raise PlanError(
+            f"the plan is for another model: its indexers select {plan.topk} tokens, this one's "
+            f"{', '.join(map(str, sorted(others)))}; search for a plan for it"
+        )
 
 
 def requested(options: Options) -> Request | None:
@@ -256,6 +279,14 @@ def _left_whole(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Reason,
     return None
 
 
+def _check_weights(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+    """Raises PlanError where a graph reads other weights than those of the plan's model."""
+    if isinstance(options.share, SharingPlan):
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        named = ((parameter(node), x) for node, x in zip(inputs, example_inputs, strict=True))
+        options.share.check_weights((name, x) for name, x in named if name)
+
+
 def _why(gm: GraphModule, error: ClsaError) -> Reason:
     """Returns what a graph that could not be transformed is left for."""
     if isinstance(error, MissingTritonError):
@@ -314,16 +345,23 @@ def _report(plan: Plan, options: Options) -> None:
         lines = "; ".join(f"layer {e.layer} ({e.path}): {e.reason}" for e in left[:4])
         found = f"{len(left)} of {len(plan.sites)} attentions"
         _complain(lines, f"clsa left {found} as they were: {lines}", options)
-    unmade = [entry for entry in plan.sites if entry.reason.startswith(UNMADE)]
-    if unmade:
-        found = f"{len(unmade)} of {len(plan.sites)} attentions stay dense"
-        _complain("unmade", f"{found}: layer {unmade[0].layer}: {unmade[0].reason}", options)
-    if options.topk is not None and not plan.schedule:
+    for refused in REFUSED:
+        those = [entry for entry in plan.sites if refused in entry.reason]
+        if those:
+            found = f"{len(those)} of {len(plan.sites)} attentions do not share as they were asked to"
+            _complain(refused, f"{found}: layer {those[0].layer}: {those[0].reason}", options)
+    asked = f"topk={options.topk}" if options.topk is not None else f"share={options.share!r}"
+    if plan.schedule or asked == "share='off'":
+        return
+    if not plan.sites:
+        nothing = "it holds no attention: it is what a graph break cut off, or the model has none"
+        _warn_once("nothing", f"{asked} changes nothing in a graph: {nothing}")
+    elif options.topk is not None:
         nothing = f"none of the {len(plan.sites)} attentions is dense over all tokens"
-        _complain("topk", f"topk={options.topk} changes nothing: {nothing}", options)
-    elif options.share != "off" and plan.sites and not plan.schedule and not _takes_all(plan):
+        _complain("topk", f"{asked} changes nothing: {nothing}", options)
+    elif not _takes_all(plan):
         nothing = f"none of the {len(plan.sites)} attentions has an indexer that is understood"
-        _complain("share", f"share={options.share!r} changes nothing: {nothing}", options)
+        _complain("share", f"{asked} changes nothing: {nothing}", options)
 
 
 def _is_skipped(site: SitePlan) -> bool:

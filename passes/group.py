@@ -18,7 +18,7 @@ from clsa_compile.passes.indexing import chain, same, shape
 from clsa_compile.passes.match import layer_of
 from clsa_compile.passes.patterns.indexer import canonical
 from clsa_compile.passes.patterns.pattern import C_
-from clsa_compile.passes.route import layer, routed, shareable
+from clsa_compile.passes.route import KEEPS, layer, routed, shareable
 
 
 def plan(
@@ -89,12 +89,12 @@ def _cannot_read(site: AttentionSite, anchor: AttentionSite) -> str:
     """Returns why a layer cannot read another one's index, or ""."""
     ours, theirs = _indexer(site), _indexer(anchor)
     if ours.topk != theirs.topk:
-        return f"keeps its own index: it selects {ours.topk} tokens, layer {anchor.path} {theirs.topk}"
+        return f"{KEEPS} it selects {ours.topk} tokens, layer {anchor.path} {theirs.topk}"
     if canonical(ours.mask) != canonical(theirs.mask):
-        return f"keeps its own index: its mask is not that of {anchor.path}"
+        return f"{KEEPS} its mask is not that of {anchor.path}"
     for name, one, other in (("queries", ours.q, theirs.q), ("keys", ours.k, theirs.k)):
         if not all(same(_size(one, role), _size(other, role)) for role in (0, 2)):
-            return f"keeps its own index: it has other {name} than {anchor.path}"
+            return f"{KEEPS} it has other {name} than {anchor.path}"
     return ""
 
 

@@ -23,6 +23,11 @@ from clsa_compile.passes.patterns.indexer import canonical
 PROMPT = "a prompt: stays dense"
 # How reasons begin for which a group whose index was trained has none.
 UNMADE = "stays dense, for its index cannot be made:"
+OTHERS = "stays dense, for its tokens are not those of"
+KEEPS = "keeps its own index:"
+# What reasons hold where sharing was asked for and is refused. Prompts, and caches that hold no more tokens
+# than are selected, are no refusals.
+REFUSED = (UNMADE, OTHERS, KEEPS)
 
 
 def shareable(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
@@ -80,15 +85,14 @@ def routed(sites: Sequence[AttentionSite], request: Request) -> tuple[tuple[Pool
     pools = []
     for pool in asked:
         anchor = by_ordinal[pool.anchor]
-        unmade = _unmade(anchor, pool, request.tensors)
+        unmade = _unmade(anchor, pool, request.tensors) or _uncounted(by_ordinal, anchor, pool)
         reasons = {m: unmade or _stays_dense(by_ordinal[m], anchor, pool, request) for m in pool.members}
         kept.update({m: why for m, why in reasons.items() if why})
         members = tuple(m for m in pool.members if not reasons[m])
-        sources = {s: w for s, w in pool.sources.items() if not _differs(by_ordinal[s], anchor)}
-        if members and (sources or pool.index is not None):
+        if members:
             # A selection of as many tokens takes all of them anyway.
             below = request.dense_below if request.dense_below > pool.topk else 0
-            pools.append(replace(pool, members=members, sources=sources, dense_below=below))
+            pools.append(replace(pool, members=members, dense_below=below))
     return tuple(sorted(pools, key=lambda pool: pool.anchor)), kept
 
 
@@ -116,6 +120,14 @@ def _unmade(anchor: AttentionSite, pool: Pool, tensors: Mapping[str, Tensor]) ->
     return ""
 
 
+def _uncounted(sites: Mapping[int, AttentionSite], anchor: AttentionSite, pool: Pool) -> str:
+    """Returns why what some layer looked at cannot be added to what an anchor looks at, or ""."""
+    for source in pool.sources:
+        if why := _differs(sites[source], anchor):
+            return f"{OTHERS} {sites[source].path}, which chooses too: {why}"
+    return ""
+
+
 def reads_heads(mask: MaskSpec) -> bool:
     """Tells whether a mask may differ from head to head."""
     axis = None if mask.tensor is None else mask.tensor.dims[1]
@@ -136,7 +148,7 @@ def _stays_dense(site: AttentionSite, anchor: AttentionSite, pool: Pool, request
     if keys.is_Integer and keys <= max(pool.topk, below):
         return f"stays dense: it has {keys} keys, and {max(pool.topk, below)} would be selected"
     if why := _differs(site, anchor):
-        return f"stays dense: {why} than {anchor.path}"
+        return f"{OTHERS} {anchor.path}: {why}"
     return ""
 
 

@@ -57,18 +57,18 @@ def _parameters(graph: Graph, dying: Dying) -> Iterable[tuple[str, torch.Tensor]
     for node in graph.nodes:
         if node.op != "placeholder" or not node.users:
             continue
-        path = _path(node)
+        path = parameter(node)
         if path and all(dying(user) for user in node.users):
             yield path, node.meta["val"]
 
 
 def stripped(graph: Graph) -> list[str]:
     """Returns the paths of a graph's parameters that were freed, for a plan that does not read them."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.users and _path(n)]
-    return [_path(n) for n in inputs if is_stripped(n.meta["val"])]
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.users and parameter(n)]
+    return [parameter(n) for n in inputs if is_stripped(n.meta["val"])]
 
 
-def _path(node: Node) -> str:
+def parameter(node: Node) -> str:
     """Returns a parameter's path in the model, "" for any other input."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")

@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from clsa_compile.errors import PlanError
-from clsa_compile.ir.sharing import Fingerprint, SharingPlan
+from clsa_compile.ir.fingerprint import Fingerprint, middles
+from clsa_compile.ir.sharing import SharingPlan
 
 __all__ = ["check", "data_hash", "of_model", "sequence_hash"]
 
-SAMPLED = 32
+# Where a table is looked at: what scales rotary embeddings often leaves their first half as it was.
+_LATE = 0.75
 
 
 def of_model(model: Any, attentions: int, without: Container[str] = ()) -> Fingerprint:
     """Returns a model's fingerprint, with `attentions` of one forward; values `without` some weights'."""
     inner = getattr(model, "_orig_mod", model)
-    parameters = sorted(inner.named_parameters()) if isinstance(inner, torch.nn.Module) else []
+    is_module = isinstance(inner, torch.nn.Module)
+    parameters = sorted(inner.named_parameters()) if is_module else []
+    tables = [(name, x) for name, x in sorted(inner.named_buffers()) if x.dim() == 1] if is_module else []
     digest = hashlib.sha256()
     for name, parameter in parameters:
         digest.update(f"{name}{tuple(parameter.shape)};".encode())
-    values = [p.detach() for name, p in parameters if name not in without]
-    every = max(1, len(values) // SAMPLED)
-    # The middle of a tensor: ends are often padding, or tokens that no text has.
-    sample = [p.reshape(-1)[p.numel() // 2].item() for p in values[::every] if p.numel()]
-    rounded = tuple(float(f"{value:.4g}") for value in sample)
-    return Fingerprint(type(inner).__name__, attentions, digest.hexdigest(), rounded)
+    weights = middles((name, p) for name, p in parameters if name not in without)
+    return Fingerprint(type(inner).__name__, attentions, digest.hexdigest(), weights, middles(tables, _LATE))
 
 
 def check(plan: SharingPlan, found: Fingerprint) -> None:

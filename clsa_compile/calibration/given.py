@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from clsa_compile.calibration.graphs import Change, Forward, fitting
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.fingerprint import Fingerprint
 from clsa_compile.ir.routing import Pool, Request
-from clsa_compile.ir.sharing import Fingerprint, SharingPlan
+from clsa_compile.ir.sharing import SharingPlan
 
 __all__ = ["MARGIN", "Asked", "Model", "Planned", "asked", "sequences", "too_short"]
 
@@ -39,8 +41,15 @@ class Model:
         forward = self.forward(first)
         self.layers, self.topk, self.owners = forward.layers, forward.topk, forward.owners
         self.fingerprint = of_model(model, forward.attentions)
-        # What results depend on besides the tokens: another dtype or device rounds in another way.
-        self.key = [asdict(self.fingerprint), str(_first(model).dtype), self.device.type]
+        self._first_forward = forward
+
+    @cached_property
+    def key(self) -> Any:
+        """What results depend on besides the tokens: all that a forward computes, and where it rounds.
+
+        Nothing where no results are kept: every weight is read for it.
+        """
+        return [self._first_forward.identity(), self.device.type] if self.stages.keeps else []
 
     def forward(self, ids: Tensor) -> Forward:
         """Returns the forward for the length of ids [1, T]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from clsa_compile.calibration import attend
 from clsa_compile.capture.dynamo import GraphBreak, capture
 from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.fingerprint import content_hash
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.routing import Layer, Pool, Request, Sharing
 from clsa_compile.ir.scores import Score, parse_score
@@ -178,6 +180,12 @@ class Forward:
         self.ordinals = tuple(entry.ordinal for entry in found)
         self.layers = tuple(_named(entry, i, paths) for i, entry in enumerate(found))
         self.attentions = len(self._attentions)
+
+    def identity(self) -> str:
+        """Returns a hash of what is computed: the graph, and all bits of the weights and tables it reads."""
+        given = (x for i, x in enumerate(self._inputs) if i != self._slot and isinstance(x, Tensor))
+        text = str(self._source.graph)
+        return hashlib.sha256(f"{text}{content_hash((*given, *self._source.buffers()))}".encode()).hexdigest()
 
     def graph(self, change: Change | None = None) -> Graph:
         """Returns the graph rewritten for what was asked of its layers; without a change, as the model is."""

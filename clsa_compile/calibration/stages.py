@@ -18,7 +18,7 @@ from clsa_compile.ir.files import write_text
 __all__ = ["Stages"]
 
 # Raised when what is written changes its meaning: older files are then not found any more.
-VERSION = 1
+VERSION = 2
 
 
 class Stages:
@@ -32,6 +32,11 @@ class Stages:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OptionError(f"no folder can be made at {os.fspath(self._folder)!r}: {error}") from error
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
 
     def data(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """Returns the plain data that was kept, or makes and keeps it."""

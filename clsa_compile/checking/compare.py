@@ -14,6 +14,7 @@ from clsa_compile.checking.differences import ROUNDINGS, ROUNDINGS_OF_TWO, Check
 from clsa_compile.checking.layers import layers
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.sharing import SharingPlan
 
 __all__ = ["check"]
 
@@ -34,6 +35,8 @@ def check(
     """
     chosen = Options.read(options)
     _refuse(model, args, kwargs)
+    if isinstance(chosen.share, SharingPlan) and isinstance(model, nn.Module):
+        chosen.share.check_weights(model.named_parameters())
     call = Call(model, args, kwargs)
     eager = call.run(None), layers(call, None)
     measure = measured(call, eager)

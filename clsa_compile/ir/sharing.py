@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,49 +16,19 @@ from torch import Tensor
 from clsa_compile.errors import ExpressionError, PlanError
 from clsa_compile.ir import tensors as files
 from clsa_compile.ir.files import write_text
+from clsa_compile.ir.fingerprint import Fingerprint, middles
 from clsa_compile.ir.routing import MOST_TOKENS, Index, Layer, Pool, role
 from clsa_compile.ir.schema import count, each, integer_keys, named, number, record, refuse, text
 
-__all__ = ["SCOPES", "Fingerprint", "SharingPlan"]
+__all__ = ["SCOPES", "SharingPlan"]
 
 FORMAT = "clsa sharing plan"
-VERSION = 2
-# Version 1 knew no indices that were trained for a model.
-READABLE = (1, 2)
+# Before version 3 a few weights only told a plan's model from others.
+VERSION = 3
 SCOPES = ("layer", "kv_head")
 KINDS = ("mass", "index", "distilled", "own")
-# Weights that went through half precision still agree this well.
-_AGREE = 0.02
 _AGAIN = "search again (clsa search), or distill (clsa distill), or take a whole copy of the file"
 _DIGEST = re.compile("[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells one model from another, whatever dtype its weights were loaded in.
-
-    name: the model's class. layers: attentions of one forward. shapes: sha256 of the parameters' names and
-    shapes. sample: a few weights.
-    """
-
-    name: str
-    layers: int
-    shapes: str
-    sample: tuple[float, ...]
-
-    def difference(self, other: Fingerprint) -> str:
-        """Returns what tells the other model from this one, or ""."""
-        if self.name != other.name:
-            return f"it is a {other.name}, the plan is for a {self.name}"
-        if self.layers != other.layers:
-            return f"it has {other.layers} attentions, the plan's has {self.layers}"
-        if self.shapes != other.shapes:
-            return "its parameters have other names or shapes"
-        pairs = zip(self.sample, other.sample, strict=False)
-        size = max(map(abs, self.sample), default=0.0)
-        near = all(abs(a - b) <= _AGREE * max(abs(a), abs(b), 0.1 * size) for a, b in pairs)
-        same = near and len(self.sample) == len(other.sample)
-        return "" if same else "its weights are others"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +105,7 @@ class SharingPlan:
         changed = {
             "layers": layers,
             "pools": [{name: pool.to_dict()[name] for name in kept} for pool in self.pools],
-            "model": None
-            if self.model is None
-            else {**asdict(self.model), "sample": list(self.model.sample)},
+            "model": None if self.model is None else asdict(self.model),
             "quality": {name: float(value) for name, value in self.quality.items()},
         }
         names = [f.name for f in fields(self) if f.name != "tensors"]
@@ -151,7 +119,7 @@ class SharingPlan:
         Raises PlanError naming the field that does not fit.
         """
         _check_version(data)
-        given = _PLAN(_current(data), "")
+        given = _PLAN(data, "")
         del given["format"], given["version"]
         same = {name: given[name] for name in ("topk", "keep_first", "keep_last", "power")}
         given["layers"] = tuple(Layer(ordinal=i, **layer) for i, layer in enumerate(given["layers"]))
@@ -173,6 +141,11 @@ class SharingPlan:
         pools = tuple(replace(pool, topk=topk) for pool in self.pools)
         return replace(self, topk=topk, pools=pools, quality={})
 
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises PlanError where weights, by name, are not those of the plan's model; some may be missing."""
+        if self.model is not None and (why := self.model.departs(middles(weights))):
+            raise PlanError(f"the plan is for another model than this one: {why}; search for a plan for it")
+
     def pattern(self) -> str:
         """Returns the schedule, a letter a layer: S attends to tokens that the last F, or I, chose.
 
@@ -188,19 +161,11 @@ def _check_version(data: Any) -> None:
     """Guards the reader: what another version wrote may mean something else."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise PlanError(f"this is no sharing plan: its 'format' is not {FORMAT!r}")
-    if data.get("version") not in READABLE:
+    if data.get("version") != VERSION:
         raise PlanError(
-            f"its version is {data.get('version')!r}, and this clsa reads versions up to {VERSION}: search "
-            "again, or use the clsa that wrote it"
+            f"its version is {data.get('version')!r}, and this clsa reads version {VERSION}: search again, "
+            "or use the clsa that wrote it"
         )
-
-
-def _current(data: Any) -> Any:
-    """Returns what an older version wrote with the fields that came later."""
-    if data["version"] == VERSION or not isinstance(data.get("pools"), list):
-        return data
-    pools = [{**pool, "index": None} if isinstance(pool, dict) else pool for pool in data["pools"]]
-    return {**data, "pools": pools, "weights": ""}
 
 
 def _weights(path: str | os.PathLike[str], data: Any) -> dict[str, Tensor]:
@@ -241,6 +206,9 @@ def _problems(plan: SharingPlan) -> list[str]:
         if taken & set(pool.members):
             found.append(f"pools[{i}]: a layer attends to the tokens of one pool only")
         taken |= set(pool.members)
+    for i, pool in enumerate(plan.pools):
+        if pool.anchor in taken - set(pool.members):
+            found.append(f"pools[{i}]: layer {pool.anchor} chooses, and attends to what another one chose")
     names = [pool.index.name for pool in plan.pools if pool.index is not None]
     if len(set(names)) < len(names):
         found.append("two of its indices have one name")
@@ -259,6 +227,8 @@ def _pool_problems(plan: SharingPlan, pool: Pool) -> list[str]:
     if not pool.members or min(pool.members) < pool.anchor:
         found.append(f"its members must come after layer {pool.anchor}, which chooses")
     if plan.kind == "index":
+        if pool.members != tuple(range(pool.anchor + 1, pool.anchor + 1 + len(pool.members))):
+            found.append(f"its members must be those right after layer {pool.anchor}, whose index they read")
         return [*found, "it weighs heads, which no indexer asks for"] if pool.sources or pool.rows else found
     if plan.kind == "distilled":
         return found + _index_problems(plan, pool)
@@ -341,7 +311,9 @@ _POOL = record(
         "index": lambda value, where: None if value is None else Index(**_INDEX(value, where)),
     }
 )
-_MODEL = record({"name": text, "layers": count, "shapes": text, "sample": each(number)})
+_MODEL = record(
+    {"name": text, "layers": count, "shapes": text, "weights": named(number), "tables": named(number)}
+)
 _PLAN = record(
     {
         "format": text,

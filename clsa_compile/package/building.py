@@ -76,6 +76,8 @@ def export(
     Raises OptionError, CaptureError and ExportError; then nothing is written.
     """
     chosen = options_of(options, plan)
+    if isinstance(chosen.share, SharingPlan):
+        chosen.share.check_weights(model.named_parameters())
     target = target_of(path, format, weights)
     started = time.perf_counter()
     source = Source.of(model, tuple(args), dict(kwargs or {}), dynamic_shapes)

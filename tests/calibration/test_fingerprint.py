@@ -28,9 +28,27 @@ def test_other_weights_are_another_model(model: Any) -> None:
     with torch.no_grad():
         for weight in other.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    assert ours.difference(of_model(other, 5)) == "its weights are others"
+    assert ours.difference(of_model(other, 5)).startswith("its weights are others, as ")
     assert "its parameters" in ours.difference(of_model(tiny("llama"), 5))
     assert ours.name == "LlamaForCausalLM"
+
+
+def test_one_kind_of_weights_or_another_rope_is_another_model() -> None:
+    """Also with 32 layers, where every so many weights are of one kind."""
+    ours = tiny("llama", num_hidden_layers=32, hidden_size=16, intermediate_size=16)
+    known = of_model(ours, 32)
+    for kind in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "lm_head"):
+        other = copy.deepcopy(ours)
+        with torch.no_grad():
+            for name, weight in other.named_parameters():
+                weight.mul_(1.5 if kind in name else 1)
+        assert "its weights are others" in known.difference(of_model(other, 32)), kind
+    for rope in ({"rope_theta": 20000.0, "rope_type": "default"}, {"rope_type": "linear", "factor": 4.0}):
+        given = {"rope_theta": 10000.0, **rope}
+        twin = tiny(
+            "llama", num_hidden_layers=32, hidden_size=16, intermediate_size=16, rope_parameters=given
+        )
+        assert known.difference(of_model(twin, 32)).endswith("inv_freq"), rope
 
 
 def test_a_plan_of_another_model_is_an_error(found: Found) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from clsa_compile.calibration.given import sequences
+from clsa_compile.calibration.given import Model, sequences
+from clsa_compile.calibration.stages import Stages
 from clsa_compile.errors import OptionError
+from clsa_compile.testing import tiny
 
 IDS = torch.arange(120).view(2, 60)
 
@@ -37,3 +41,37 @@ def test_batches_become_sequences(batches: Any, number: int) -> None:
 def test_what_cannot_be_used_is_an_error(batches: Any, topk: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         sequences(batches, topk)
+
+
+class Turned(nn.Module):
+    """Two attentions over states that are turned by a number which is no weight."""
+
+    def __init__(self, angle: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.angle = nn.Embedding(128, 32), nn.Linear(32, 128), angle
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).unflatten(-1, (2, 16)).transpose(1, 2)
+        for _ in range(2):
+            x = nn.functional.scaled_dot_product_attention(self.angle * x, x, x, is_causal=True)
+        return self.head(x.transpose(1, 2).flatten(2))
+
+
+def key(model: nn.Module, folder: Path) -> Any:
+    return Model(model, IDS[:1], Stages(folder)).key
+
+
+def test_results_are_found_again_for_the_very_same_model_only(tmp_path: Path) -> None:
+    """By all weights and by what is computed, also where numbers are no weights; in another process too."""
+    ours = key(Turned(2.0), tmp_path)
+    assert ours == key(Turned(2.0), tmp_path)
+    assert ours != key(Turned(3.0), tmp_path)
+    other = Turned(2.0)
+    with torch.no_grad():
+        other.head.bias[7] += 1e-6
+    assert ours != key(other, tmp_path)
+    assert ours != key(Turned(2.0).double(), tmp_path)
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
+    assert key(tiny("llama"), tmp_path) != key(tiny("llama", rope_parameters=rope), tmp_path)
+    assert Model(Turned(2.0), IDS[:1], Stages(None)).key == [], "no weight is read for nothing"

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import clsa_compile
 from clsa_compile.backend import ClsaWarning
 from clsa_compile.config import Options
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import OptionError, StrictError
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 20, 6, 48, 1e-4
@@ -310,6 +310,51 @@ def test_a_model_without_attention_is_told() -> None:
     model = torch.compile(nn.Linear(4, 4), backend="clsa", options=TOPK)
     with torch.no_grad(), pytest.warns(ClsaWarning, match="topk=8 changes nothing"):
         model(torch.ones(2, 4))
+
+
+class Broken(nn.Module):
+    """Two attentions, and a graph of its own after them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        torch._dynamo.graph_break()
+        return x + 1
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_what_a_graph_break_cut_off_is_no_error() -> None:
+    options = {"topk": 4, "keep_first": 1, "keep_last": 1, "share": 2, "prefill": "sparse", "strict": True}
+    model = torch.compile(Broken(), backend="clsa", options=options)
+    with (
+        torch.no_grad(),
+        pytest.warns(ClsaWarning, match="topk=4 changes nothing in a graph: it holds no att"),
+    ):
+        model(torch.randn(1, 2, 20, 16))
+    assert counters["clsa"]["sparse_attention"] == 1
+
+
+class Others(nn.Module):
+    """Two attentions with different masks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(attend(x, x, x, is_causal=True), x, x)
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("strict", [False, True])
+def test_sharing_that_is_refused_is_said(strict: bool) -> None:
+    options = {"topk": 4, "keep_first": 1, "keep_last": 1, "share": 2, "prefill": "sparse", "strict": strict}
+    model = torch.compile(Others(), backend="clsa", options=options)
+    message = "1 of 2 attentions do not share as they were asked to: layer 1: stays dense, for its tokens are"
+    with torch.no_grad():
+        if strict:
+            with pytest.raises((StrictError, BackendCompilerFailed), match=message):
+                model(torch.randn(1, 2, 20, 16))
+        else:
+            with pytest.warns(ClsaWarning, match=message):
+                model(torch.randn(1, 2, 20, 16))
 
 
 def test_the_report_says_who_attends_to_whose_tokens() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import clsa_compile
 from clsa_compile.config import Options
+from clsa_compile.errors import PlanError
 from clsa_compile.ir.routing import Index, Layer, Pool
 from clsa_compile.ir.scores import LIGHTNING
 from clsa_compile.ir.sharing import SharingPlan
@@ -153,7 +156,29 @@ def test_another_model_is_refused(index_plan: Any) -> None:
     plan = index_plan(made("llama"))
     other = tiny("llama", num_hidden_layers=LAYERS + 1)
     with pytest.raises(BackendCompilerFailed, match=re.escape("the plan is for 4 dense layers that can")):
-        clsa_compile.inspect(other, torch.arange(30)[None], options={"share": plan})
+        clsa_compile.inspect(other, torch.arange(30)[None], options={"share": replace(plan, model=None)})
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_other_weights_of_the_same_shapes_are_refused(index_plan: Any, tmp_path: Path) -> None:
+    """By every way of compiling, whatever the module is that the weights lie in."""
+    plan, ids = index_plan(made("llama")), torch.arange(30)[None]
+    torch.manual_seed(1)
+    other = type(made("llama"))(made("llama").config).eval()
+    message = "the plan is for another model than this one: its weights are others, as "
+    options = {"share": plan, "prefill": "sparse"}
+    for module in (other, other.model):
+        with torch.no_grad(), pytest.raises((PlanError, BackendCompilerFailed), match=message):
+            torch.compile(module, backend="clsa", options=options)(ids, use_cache=False)
+        with pytest.raises((PlanError, BackendCompilerFailed), match=message):
+            clsa_compile.inspect(module, ids, use_cache=False, options=options)
+    with pytest.raises(PlanError, match=message):
+        clsa_compile.check(other, ids, use_cache=False, options=options)
+    with pytest.raises(PlanError, match=message):
+        clsa_compile.export(other, ids, path=tmp_path / "model.pt2", options=options)
+    assert not list(tmp_path.iterdir())
+    half = copy.deepcopy(made("llama")).bfloat16()
+    clsa_compile.inspect(half, ids, use_cache=False, options=options)
 
 
 def test_the_report_says_what_an_index_is_for(index_plan: Any) -> None:

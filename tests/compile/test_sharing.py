@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,12 @@ from transformers import StaticCache
 
 import clsa_compile
 from clsa_compile.backend import ClsaWarning
+from clsa_compile.calibration.given import Model
+from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
-from clsa_compile.errors import OptionError, StrictError
+from clsa_compile.errors import OptionError, PlanError, StrictError
+from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import Transcript, cache_difference, generate_steps, largest_difference, tiny
 
 LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 12, 4, 48, 1e-4
@@ -293,6 +298,23 @@ def test_selections_that_are_not_understood_are_an_error_with_strict() -> None:
     options = {"share": 2, "strict": True}
     with pytest.raises((StrictError, BackendCompilerFailed), match="share=2 changes nothing"):
         clsa_compile.inspect(hands_on, ids, options=options)
+
+
+def test_a_plan_for_another_number_of_tokens_is_refused() -> None:
+    """Layers say nothing of how many tokens their indexers select."""
+    ids = torch.ones(1, 16, dtype=torch.long)
+    layers = inspected_layers(glm(), ids)
+    pools = (Pool(0, 9, {}, (1, 2, 3, 4), {}, 0, 0),)
+    plan = SharingPlan(9, layers, pools, 0, 0, kind="index")
+    with pytest.raises((PlanError, BackendCompilerFailed), match="select 9 tokens, this one's 8"):
+        clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": plan})
+    fitting = replace(plan, topk=8, pools=(replace(pools[0], topk=8),))
+    report = clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": fitting})
+    assert {p.schedule for p in report.plans} == {"FSSSS"}
+
+
+def inspected_layers(model: nn.Module, ids: torch.Tensor) -> tuple[Layer, ...]:
+    return Model(model, ids, Stages(None)).layers
 
 
 def test_the_report_says_what_is_shared_and_that_results_change() -> None:

@@ -86,8 +86,8 @@ def _other_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("fn", "asked", "why"),
     [
-        (_other_mask, request((1,)), "stays dense: it has another mask than"),
-        (_other_queries, request((1,)), "stays dense: it has other queries than"),
+        (_other_mask, request((1,)), "another mask"),
+        (_other_queries, request((1,)), "other queries"),
         (causal, request((1,), prompts=False), PROMPT),
         (causal, request((1,), topk=T), "stays dense: it has 12 keys, and 12 would be selected"),
     ],
@@ -95,7 +95,7 @@ def _other_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_members_that_cannot_stay_dense(fn: Any, asked: Request, why: str, trace: Trace) -> None:
     plan = planned(trace, fn, asked, *qkv())
     assert [e.action for e in plan.sites] == ["attention", "attention"]
-    assert plan.sites[1].reason.startswith(why)
+    assert why in plan.sites[1].reason
     assert plan.pools == ()
     assert plan.schedule == "FF"
 
