@@ -7,9 +7,9 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -285,17 +285,20 @@ def _unloadable(path: Path, error: Exception) -> OptionError:
 
 
 def windows(loaded: Loaded, files: Sequence[Path], length: int | None, most: int | None) -> list[Tensor]:
-    """Returns sequences [1, length] of texts, one of each file in turn, so that every part has all kinds.
+    """Returns sequences [1, length] of texts, each file's evenly spread, so that every part has all kinds.
 
-    Raises OptionError for a file that cannot be read, and where none is long enough.
+    Where there are more than `most`, files give one each in turn until there are as many. Raises OptionError
+    for a file that cannot be read, and where none is long enough.
     """
     longest = getattr(loaded.model.config, "max_position_embeddings", LENGTH)
     length = min(LENGTH, longest) if length is None else length
     by_file = [list(_cut(loaded.tokenizer, path, length)) for path in files]
-    found = [ids for ids in chain.from_iterable(zip_longest(*by_file)) if ids is not None][:most]
-    if not found:
+    taken = sorted((number, file) for file, cut in enumerate(by_file) for number in range(len(cut)))[:most]
+    if not taken:
         raise OptionError(f"no text is as long as {length} tokens; give more text, or a smaller --length")
-    return found
+    counts = Counter(file for _, file in taken)
+    taken.sort(key=lambda window: ((window[0] + 0.5) / counts[window[1]], window[1]))
+    return [by_file[file][number] for number, file in taken]
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -145,21 +145,41 @@ def test_mistakes_in_tasks_are_said(folder: Path, capsys: pytest.CaptureFixture[
         assert message in capsys.readouterr().err
 
 
-def test_windows_take_texts_in_turn(folder: Path) -> None:
-    class Model:
+class Loaded:
+    """A model of short sequences, whose tokens are a text's first letter."""
+
+    class model:
         class config:
             max_position_embeddings = 40
 
-    class Loaded:
-        model = Model
+    @staticmethod
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(text[0])] * len(text)}
 
-        @staticmethod
-        def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [ord(text[0])] * len(text)}
 
+def test_every_part_of_the_windows_has_all_texts(tmp_path: Path) -> None:
+    texts = [tmp_path / name for name in "abc"]
+    for path, count in zip(texts, (10, 10, 100), strict=True):
+        path.write_text(path.name * 4 * count)
+
+    def kinds(most: int | None) -> str:
+        return "".join(chr(int(ids[0, 0])) for ids in windows(Loaded, texts, 4, most))  # type: ignore[arg-type]
+
+    every = kinds(None)
+    assert [every.count(kind) for kind in "abc"] == [10, 10, 100]
+    for start in range(0, 120, 30):
+        assert all(every[start : start + 30].count(kind) in (2, 3) for kind in "ab")
+    # Fewer are of each kind alike, as far as there is enough of it, and spread too.
+    assert kinds(9) == "abcabcabc"
+    fewer = kinds(40)
+    assert [fewer.count(kind) for kind in "abc"] == [10, 10, 20]
+    assert set(fewer[-10:]) == set("abc")
+
+
+def test_windows_are_spread_over_texts(folder: Path) -> None:
     texts = [folder / "prose.txt", folder / "other.txt"]
     found = windows(Loaded, texts, None, None)  # type: ignore[arg-type]
-    assert [chr(int(ids[0, 0])) for ids in found] == ["t", "w", "t", "w", "t", "w", "t", "t"]
+    assert [chr(int(ids[0, 0])) for ids in found] == ["t", "w", "t", "t", "w", "t", "w", "t"]
     assert {ids.shape for ids in found} == {(1, 40)}
     assert len(windows(Loaded, texts, 20, 3)) == 3  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no text is as long as 999 tokens"):
