@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_files(arguments)
         return int(arguments.run(arguments))
     except ClsaError as error:
-        print(f"clsa: {error}", file=sys.stderr)
-        return 2
+        reason = str(error)
+    except OSError as error:  # a full disk, a file that cannot be read: the machine's, not ours
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    print(f"clsa: {reason}", file=sys.stderr)
+    return 2
 
 
 def _add_inspect(commands: Any) -> None:
