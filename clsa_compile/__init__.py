@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from clsa_compile.inspection import Report, inspect
     from clsa_compile.package.building import Exported, export
     from clsa_compile.package.loading import Caches, Package, load
+    from clsa_compile.policies.schedule import hugging_face_schedule
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "hugging_face_schedule",
     "inspect",
     "load",
     "search",
@@ -92,6 +94,7 @@ _LAZY = {
     "distill": "calibration.distilling",
     "evaluate": "calibration.judging",
     "evaluate_tasks": "calibration.tasks",
+    "hugging_face_schedule": "policies.schedule",
     "search": "calibration.searching",
 }
 

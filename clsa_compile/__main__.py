@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clsa_compile.commands import COMMANDS, check_files, share_of
+from clsa_compile.commands import COMMANDS, add_sharing, check_files, sharing_of
 from clsa_compile.configurations import GRAPHS, Inspected, inspect_configuration
 from clsa_compile.errors import ClsaError
 from clsa_compile.prediction import LENGTHS
@@ -31,8 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_files(arguments)
         return int(arguments.run(arguments))
     except ClsaError as error:
-        print(f"clsa: {error}", file=sys.stderr)
-        return 2
+        reason = str(error)
+    except OSError as error:  # a full disk, a file that cannot be read: the machine's, not ours
+        reason = str(error).partition("\n")[0] or type(error).__name__
+    print(f"clsa: {reason}", file=sys.stderr)
+    return 2
 
 
 def _add_inspect(commands: Any) -> None:
@@ -51,11 +54,10 @@ def _add_inspect(commands: Any) -> None:
         "--at", type=_lengths, default=LENGTHS, help="tokens in the cache to show numbers for: 4096,131072"
     )
     parser.add_argument("--device", help="h100, h200, b200 or a100 (default: what is at hand, else h100)")
-    parser.add_argument("--topk", type=int, help="the option 'topk', for dense models")
-    parser.add_argument("--share", help="the option 'share': a number, a schedule or a plan's file")
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
     parser.add_argument("--html", type=Path, help="the reports as a page (.html) that needs no network")
+    add_sharing(parser)
     parser.set_defaults(run=_run_inspect)
 
 
@@ -67,11 +69,6 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    options: dict[str, Any] = {}
-    if arguments.topk is not None:
-        options["topk"] = arguments.topk
-    if arguments.share is not None:
-        options["share"] = share_of(arguments.share)
     found = inspect_configuration(
         arguments.config or arguments.path,
         prompt=arguments.prompt,
@@ -79,7 +76,7 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         attention=arguments.attention,
         graphs=GRAPHS if arguments.graph == "both" else (arguments.graph,),
-        options=options,
+        options=sharing_of(arguments),
         lengths=arguments.at,
         device=arguments.device,
     )

@@ -7,9 +7,9 @@ import copy
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,27 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clsa_compile.errors import OptionError
+from clsa_compile.config import Options
+from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.ir import files
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["COMMANDS", "Loaded", "check_files", "load", "load_model", "share_of", "windows"]
+__all__ = [
+    "COMMANDS",
+    "Loaded",
+    "add_sharing",
+    "check_files",
+    "load",
+    "load_model",
+    "sharing_of",
+    "windows",
+]
 
 # Tokens of a sequence, where the model takes as many.
 LENGTH = 2048
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Options of the backend that say what layers share, where no plan does.
+SHARING = ("share", "topk", "pool", "scope", "keep_first", "keep_last", "dense_below")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,7 @@ def add_search(commands: Any) -> None:
     parser.add_argument("--keep-first", type=int, default=4, help="first tokens that are always selected")
     parser.add_argument("--keep-last", type=int, default=32, help="last tokens that are always selected")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="the plan's file (.json)")
+    _add_out(parser)
     parser.set_defaults(run=run_search)
 
 
@@ -71,7 +83,7 @@ def add_distill(commands: Any) -> None:
     parser.add_argument("--target", default="worth", help="'worth' (default) or 'attention'")
     parser.add_argument("--kv-heads", type=int, help="key heads that an index reads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="the plan's file (.json)")
+    _add_out(parser)
     parser.set_defaults(run=run_distill)
 
 
@@ -110,8 +122,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--padding", action="store_true", help="prompts may begin with padding")
     parser.add_argument("--plan", type=Path, help="a plan that `clsa search` or `clsa distill` wrote")
-    parser.add_argument("--topk", type=int, help="the option 'topk', for dense models")
-    parser.add_argument("--share", help="the option 'share': a number or a schedule")
+    add_sharing(parser)
     for name, what in (
         ("batch", "sequences"),
         ("prompt", "tokens of a prompt"),
@@ -129,9 +140,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Writes a package and prints its digest."""
     from clsa_compile.package.building import export, options_of, target_of
 
-    options: dict[str, Any] = {} if arguments.topk is None else {"topk": arguments.topk}
-    if arguments.share is not None:
-        options["share"] = share_of(arguments.share)
+    options = sharing_of(arguments)
     # What cannot be is said before a model is loaded.
     target_of(arguments.out, arguments.format, arguments.weights)
     options_of(options, arguments.plan)
@@ -201,10 +210,42 @@ def _write_plan(arguments: argparse.Namespace, make: Callable[..., Any], asked: 
     """Makes what was asked for of a model and texts, writes the plan and reports its quality."""
     loaded = load(arguments.model, arguments.device, arguments.dtype)
     sequences = windows(loaded, arguments.text, arguments.length, arguments.sequences)
-    found = make(loaded.model, sequences, asked, arguments.folder, not arguments.quiet)
-    found.plan.save(arguments.out)
+    folder = _folder(arguments)
+    if folder is not None:
+        _say(arguments, f"stages are kept in {folder}: the same command goes on after an interruption")
+    found = make(loaded.model, sequences, asked, folder, not arguments.quiet)
+    _save(found.plan, arguments.out, folder)
     _report(arguments, loaded, found.quality)
+    if folder is not None:
+        _say(arguments, f"the plan is in {arguments.out}; {folder} may be deleted")
     return 0
+
+
+def _folder(arguments: argparse.Namespace) -> Path | None:
+    """Returns where stages are kept: beside the plan unless another folder, or none, was asked for."""
+    if arguments.no_folder:
+        return None
+    return arguments.folder or arguments.out.with_suffix(".stages")
+
+
+def _save(plan: SharingPlan, out: Path, folder: Path | None) -> None:
+    """Writes a plan. Raises PlanError that says how hours of work are not lost where that cannot be."""
+    try:
+        plan.save(out)
+    except PlanError as error:
+        again = "what was found is lost, since --no-folder was given"
+        if folder is not None:
+            again = (
+                f"the same command with another --out and --folder {os.fspath(folder)!r} goes on from what "
+                "that folder has kept"
+            )
+        raise PlanError(f"{error}; {again}") from error
+
+
+def _say(arguments: argparse.Namespace, line: str) -> None:
+    """Prints a line about what goes on beside the progress: standard output is for the report."""
+    if not arguments.quiet:
+        print(f"clsa: {line}", file=sys.stderr)
 
 
 def _check_out(path: Path) -> None:
@@ -285,24 +326,26 @@ def _unloadable(path: Path, error: Exception) -> OptionError:
 
 
 def windows(loaded: Loaded, files: Sequence[Path], length: int | None, most: int | None) -> list[Tensor]:
-    """Returns sequences [1, length] of texts, one of each file in turn, so that every part has all kinds.
+    """Returns sequences [1, length] of texts, each file's evenly spread, so that every part has all kinds.
 
-    Raises OptionError for a file that cannot be read, and where none is long enough.
+    Where there are more than `most`, files give one each in turn until there are as many. Raises OptionError
+    for a file that cannot be read, and where none is long enough.
     """
     longest = getattr(loaded.model.config, "max_position_embeddings", LENGTH)
     length = min(LENGTH, longest) if length is None else length
     by_file = [list(_cut(loaded.tokenizer, path, length)) for path in files]
-    found = [ids for ids in chain.from_iterable(zip_longest(*by_file)) if ids is not None][:most]
-    if not found:
+    taken = sorted((number, file) for file, cut in enumerate(by_file) for number in range(len(cut)))[:most]
+    if not taken:
         raise OptionError(f"no text is as long as {length} tokens; give more text, or a smaller --length")
-    return found
+    counts = Counter(file for _, file in taken)
+    taken.sort(key=lambda window: ((window[0] + 0.5) / counts[window[1]], window[1]))
+    return [by_file[file][number] for number, file in taken]
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a Hugging Face folder, or a GGUF file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--folder", type=Path, help="keeps finished stages, to go on after an interruption")
     parser.add_argument("--html", type=Path, help="the report as a page (.html) that needs no network")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -317,24 +360,54 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heatmap", type=Path, help="a picture (.png) of who could choose for whom")
 
 
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="the plan's file (.json)")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--folder",
+        type=Path,
+        help="keeps finished stages, to go on after an interruption (default: plan.stages beside plan.json)",
+    )
+    kept.add_argument("--no-folder", action="store_true", help="keep no stages")
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, help="a plan that `clsa search` or `clsa distill` wrote")
-    parser.add_argument("--share", help="instead of a plan: a number or a schedule of F and S, with --topk")
-    parser.add_argument("--topk", type=int, help="tokens that layers attend to, with --share")
+    parser.add_argument("--folder", type=Path, help="keeps what was measured, to find it there again")
+    add_sharing(parser)
+
+
+def add_sharing(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the backend that say what layers share, where no plan does."""
+    group = parser.add_argument_group("sharing", "The backend's options of these names.")
+    group.add_argument("--share", help="a number n (every n-th layer chooses), a schedule or a plan's file")
+    group.add_argument("--topk", type=int, help="tokens that layers of a dense model attend to, 1 to 4096")
+    group.add_argument("--pool", type=int, help="tokens that an R chooses among (default: 4 times as many)")
+    group.add_argument("--scope", help="'layer' (default) or 'kv_head'")
+    group.add_argument("--keep-first", type=int, help="first tokens that are always selected (default 4)")
+    group.add_argument("--keep-last", type=int, help="last tokens that are always selected (default 32)")
+    group.add_argument("--dense-below", type=int, help="readable tokens up to which layers stay dense")
+
+
+def sharing_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the backend's options that `add_sharing` added, as far as they were given."""
+    given = {name: value for name in SHARING if (value := getattr(arguments, name)) is not None}
+    share = given.get("share", "")
+    return {**given, "share": int(share)} if share.isdigit() else given
 
 
 def _plan_of(arguments: argparse.Namespace) -> Any:
-    """Returns the plan, or the options, that are to be measured."""
+    """Returns the plan, or the options, that are to be measured. Raises OptionError for what cannot be."""
     if (arguments.plan is None) == (arguments.share is None):
         raise OptionError("give --plan, or --share with --topk")
+    options = sharing_of(arguments)
     if arguments.plan is not None:
-        return SharingPlan.load(arguments.plan)
-    return {"topk": arguments.topk, "share": share_of(arguments.share)}
-
-
-def share_of(text: str) -> int | str:
-    """Returns what --share says: every n-th layer, or a schedule."""
-    return int(text) if text.isdigit() else text
+        plan = SharingPlan.load(arguments.plan)
+        if not options:
+            return plan
+        options["share"] = plan
+    Options.read(options)  # what cannot be is said before a model is loaded
+    return options
 
 
 def _report(arguments: argparse.Namespace, loaded: Loaded, quality: Any, tasks: Any = None) -> None:

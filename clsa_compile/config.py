@@ -160,7 +160,9 @@ class Options:
             raise OptionError("the option 'pool' needs an R in 'share': no other layer chooses among a pool")
         if self.topk is not None and self.keep_first + self.keep_last > self.topk:
             kept = f"keep_first={self.keep_first} and keep_last={self.keep_last}"
-            raise OptionError(f"{kept} are more tokens than topk={self.topk} selects")
+            raise OptionError(
+                f"{kept} are more tokens than topk={self.topk} selects; give smaller ones, or a larger 'topk'"
+            )
         if self.dense_layers and isinstance(self.share, str) and self.share != "off":
             raise OptionError(
                 "'dense_layers' and a schedule in 'share' contradict each other; give one of them"

@@ -60,7 +60,7 @@ def parts(report: Report) -> Iterator[RenderableType]:
         else:
             yield _layer_table(details, report.lengths)
             yield from map(Text, _left(details.layers))
-        yield from map(Text, _of_plan(plan))
+        yield from map(Text, _of_plan(plan, number))
         if details is not None and details.prediction is not None:
             yield from _prediction(details.prediction, report.lengths)
 
@@ -79,13 +79,15 @@ def headlines(report: Report) -> Iterator[str]:
         yield f"left to Inductor whole: {reason}"
 
 
-def _of_plan(plan: Plan) -> Iterator[str]:
+def _of_plan(plan: Plan, number: int) -> Iterator[str]:
     yield from _groups(plan)
     yield from _schedule(plan)
     if plan.skipped:
         yield f"left out on request: {', '.join(plan.skipped)}"
     if plan.savings is not None:
         yield in_words(plan.savings)
+        if plan.savings.idle:
+            yield f"`inspect(...).plans[{number}].strip(model)` frees the weights that are no longer read"
 
 
 # -- layers ----------------------------------------------------------------------------------------

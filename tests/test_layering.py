@@ -34,13 +34,13 @@ TABLE = {
     "errors": rule("", ""),
     "config": rule("errors ir", ""),
     "ir": rule("errors ir", "torch sympy safetensors"),
-    "policies": rule("errors ir policies", "networkx"),
-    "passes": rule("errors config ir passes", "torch sympy networkx"),
+    "policies": rule("errors ir policies", ""),
+    "passes": rule("errors config ir passes", "torch sympy"),
     "kernels": rule("errors ir kernels", "torch sympy jinja2 triton"),
     "kernel script": rule("errors ir kernels", "torch sympy triton rich timing kernel_times roofline"),
     DRIVER: rule(
         "errors config ir policies passes kernels driver public",
-        "torch sympy networkx jinja2 rich transformers triton safetensors matplotlib",
+        "torch sympy jinja2 rich transformers triton safetensors matplotlib",
     ),
 }
 SCRIPTS = ("examples", "benchmarks")
@@ -287,7 +287,7 @@ REFUSED = [
 ALLOWED = [
     ("clsa_compile/errors.py", "import dataclasses"),
     ("clsa_compile/ir/ops.py", "import torch\nimport sympy\nfrom clsa_compile import errors"),
-    ("clsa_compile/policies/every.py", "import networkx\nfrom clsa_compile.ir.plan import Plan"),
+    ("clsa_compile/policies/every.py", "import math\nfrom clsa_compile.ir.plan import Plan"),
     ("passes/match.py", "import torch.fx\nfrom clsa_compile.config import Options"),
     ("passes/match.py", "from clsa_compile.passes import verify"),
     ("kernels/render.py", "import triton.language as tl\nimport jinja2"),

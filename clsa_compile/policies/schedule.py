@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import Layer, Shares
 
-__all__ = ["hugging_face", "roles", "shares", "shown"]
+__all__ = ["hugging_face_schedule", "roles", "shares", "shown"]
 
 MOST_SHOWN = 100
 
 
-def hugging_face(layers: int, freq: int, offset: int) -> str:
+def hugging_face_schedule(layers: int, freq: int, offset: int) -> str:
     """Returns the schedule of Hugging Face's `index_topk_freq` and `index_skip_topk_offset`.
 
     The first `offset` layers are full, then every `freq`-th. Raises OptionError for numbers below 1.

@@ -12,10 +12,11 @@ import torch
 import clsa_compile
 from clsa_compile import commands
 from clsa_compile.__main__ import main
-from clsa_compile.calibration import tasks
+from clsa_compile.calibration import searching, tasks
+from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.task_report import TaskCell, TaskReport
 from clsa_compile.commands import windows
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import tiny
 
@@ -59,8 +60,6 @@ def test_a_plan_is_found_and_measured_again(
         "4",
         "--out",
         str(out),
-        "--folder",
-        str(tmp_path),
     )
     assert main(arguments("search", folder, *more)) == 0
     plan = SharingPlan.load(out)
@@ -74,8 +73,47 @@ def test_a_plan_is_found_and_measured_again(
     assert report["schedule"] == plan.pattern()
     assert report["tokens"] == 2 * 23
     assert len(report["worst_token"]["text"]) == 1
-    assert main(arguments("evaluate", folder, "--share", "2", "--topk", "16")) == 2
-    assert "keep_first=4 and keep_last=32 are more tokens than topk=16" in capsys.readouterr().err
+    assert any((tmp_path / "plan.stages").iterdir())
+    assert main(arguments("evaluate", folder, "--plan", str(out), "--keep-last", "4")) == 2
+    assert "the option 'keep_last' comes from the plan in 'share'; leave it out" in capsys.readouterr().err
+
+
+def test_stages_are_kept_beside_the_plan_unless_said_otherwise(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plan:
+        def save(self, path: Path) -> None:
+            if path.stem == "full":
+                raise PlanError(f"the plan cannot be written to '{path}': no space left")
+
+    used: list[Path | None] = []
+
+    def found(model: Any, batches: Any, asked: Any, folder: Path | None, progress: bool) -> Found:
+        used.append(folder)
+        return Found(Plan(), None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(searching, "find", found)
+    monkeypatch.setattr(commands, "_report", lambda *_: None)
+
+    def searched(name: str, *more: str) -> tuple[int, str]:
+        out = str(tmp_path / f"{name}.json")
+        asked = arguments("search", folder, "--topk", "64", "--anchors", "2", "--out", out, *more)
+        asked.remove("--quiet")
+        return main(asked), capsys.readouterr().err
+
+    stages = tmp_path / "full.stages"
+    status, err = searched("full")
+    assert (status, used) == (2, [stages])
+    assert f"clsa: stages are kept in {stages}: the same command goes on after an" in err
+    assert "full.json': no space left; the same command with another --out and " in err
+    assert f"--folder '{stages}' goes on from what that folder has kept" in err
+    status, err = searched("other", "--folder", str(stages))
+    assert (status, used) == (0, [stages, stages])
+    assert f"clsa: the plan is in {tmp_path / 'other.json'}; {stages} may be deleted" in err
+    status, err = searched("full", "--no-folder")
+    assert (status, used[2:]) == (2, [None])
+    assert "no space left; what was found is lost, since --no-folder was given" in err
+    assert "are kept" not in err
 
 
 def test_indices_are_trained_and_measured_again(
@@ -119,17 +157,19 @@ def test_tasks_are_measured_with_text_and_shown_on_its_page(
 
     def measured(model: Any, plan: Any, tokenizer: Any, **settings: Any) -> TaskReport:
         assert settings == {"lengths": 48, "folder": None, "progress": False}
+        assert plan == {"share": 2, "topk": 16, "keep_first": 1, "keep_last": 4, "dense_below": 20}
         return TaskReport(plan["topk"], "FSFS", 0, (cell,))
 
     monkeypatch.setattr(tasks, "evaluate_tasks", measured)
-    monkeypatch.setattr(commands, "_plan_of", lambda _: {"topk": 16, "share": 2, "keep_last": 4})
+    plan = ("--share", "2", "--topk", "16", "--keep-first", "1", "--keep-last", "4", "--dense-below", "20")
+    asked = arguments("evaluate", folder, "--tasks", "--sequences", "1", *plan)
     page = tmp_path / "report.html"
-    assert main(arguments("evaluate", folder, "--tasks", "--sequences", "1", "--html", str(page))) == 0
+    assert main([*asked, "--html", str(page)]) == 0
     shown = capsys.readouterr().out
     assert "schedule FSFS, 16 tokens: perplexity" in shown
     assert "tasks, schedule FSFS, 16 tokens: 100.0% right -> 0.0%" in shown
     assert "Synthetic tasks" in page.read_text()
-    assert main(arguments("evaluate", folder, "--tasks", "--sequences", "1", "--json")) == 0
+    assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["cells"][0]["task"] == "single_needle"
 
 
@@ -145,21 +185,41 @@ def test_mistakes_in_tasks_are_said(folder: Path, capsys: pytest.CaptureFixture[
         assert message in capsys.readouterr().err
 
 
-def test_windows_take_texts_in_turn(folder: Path) -> None:
-    class Model:
+class Loaded:
+    """A model of short sequences, whose tokens are a text's first letter."""
+
+    class model:
         class config:
             max_position_embeddings = 40
 
-    class Loaded:
-        model = Model
+    @staticmethod
+    def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(text[0])] * len(text)}
 
-        @staticmethod
-        def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [ord(text[0])] * len(text)}
 
+def test_every_part_of_the_windows_has_all_texts(tmp_path: Path) -> None:
+    texts = [tmp_path / name for name in "abc"]
+    for path, count in zip(texts, (10, 10, 100), strict=True):
+        path.write_text(path.name * 4 * count)
+
+    def kinds(most: int | None) -> str:
+        return "".join(chr(int(ids[0, 0])) for ids in windows(Loaded, texts, 4, most))  # type: ignore[arg-type]
+
+    every = kinds(None)
+    assert [every.count(kind) for kind in "abc"] == [10, 10, 100]
+    for start in range(0, 120, 30):
+        assert all(every[start : start + 30].count(kind) in (2, 3) for kind in "ab")
+    # Fewer are of each kind alike, as far as there is enough of it, and spread too.
+    assert kinds(9) == "abcabcabc"
+    fewer = kinds(40)
+    assert [fewer.count(kind) for kind in "abc"] == [10, 10, 20]
+    assert set(fewer[-10:]) == set("abc")
+
+
+def test_windows_are_spread_over_texts(folder: Path) -> None:
     texts = [folder / "prose.txt", folder / "other.txt"]
     found = windows(Loaded, texts, None, None)  # type: ignore[arg-type]
-    assert [chr(int(ids[0, 0])) for ids in found] == ["t", "w", "t", "w", "t", "w", "t", "t"]
+    assert [chr(int(ids[0, 0])) for ids in found] == ["t", "w", "t", "t", "w", "t", "w", "t"]
     assert {ids.shape for ids in found} == {(1, 40)}
     assert len(windows(Loaded, texts, 20, 3)) == 3  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no text is as long as 999 tokens"):
@@ -190,6 +250,12 @@ def test_windows_take_texts_in_turn(folder: Path) -> None:
         (["evaluate"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json", "--share", "2"], "give --plan, or --share with --topk"),
         (["evaluate", "--plan", "a.json"], "the plan 'a.json' cannot be read"),
+        (
+            ["evaluate", "--share", "2", "--topk", "16"],
+            "keep_first=4 and keep_last=32 are more tokens than topk=16 selects; give smaller ones",
+        ),
+        (["tasks", "--share", "2", "--topk", "64", "--pool", "99"], "'pool' needs an R in 'share'"),
+        (["tasks", "--share", "2", "--keep-last", "4"], "'keep_last' is for dense layers, and needs 'topk'"),
         (["evaluate", "--share", "2", "--topk", "64"], "cannot load a model from"),
         (["tasks"], "give --plan, or --share with --topk"),
         (["tasks", "--share", "2", "--topk", "64"], "cannot load a model from"),

@@ -156,6 +156,28 @@ def test_a_model_that_cannot_be_traced(
     assert "more lines" not in err
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "a.json"), "[Errno 28] No space left on device: 'a.json'"),
+        (OSError("cannot be read\nand more lines"), "cannot be read"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(
+    error: OSError,
+    line: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("clsa_compile.__main__.inspect_configuration", failing)
+    assert refused(capsys, folder, *SMALL) == f"clsa: {line}\n"
+
+
 def test_without_transformers(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

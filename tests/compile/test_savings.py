@@ -75,6 +75,15 @@ def test_the_report_says_what_is_saved() -> None:
     assert (
         "a call no longer reads 9.22 kB of caches and 221 kB of weights, and computes 258 kflop less" in text
     )
+    assert "`inspect(...).plans[0].strip(model)` frees the weights that are no longer read" in text
+
+
+def test_the_report_offers_to_free_weights_only_where_some_are_idle() -> None:
+    model = tiny("llama")
+    ids = torch.ones(1, 64, dtype=torch.long)
+    text = str(clsa_compile.inspect(model, ids, options={"topk": 40, "share": 2, "prefill": "sparse"}))
+    assert "a call no longer reads" in text
+    assert "strip(model)" not in text
 
 
 def test_plans_with_savings_go_through_json() -> None:

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clsa_compile import hugging_face_schedule
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.routing import Shares
-from clsa_compile.policies.schedule import hugging_face, roles, shares
+from clsa_compile.policies.schedule import roles, shares
 
 OWN = (0, 1, 2, 3, 4, 5)
 # A model in which layers 1 and 2 read layer 0's index, and 4 that of 3.
@@ -77,17 +78,17 @@ def test_a_schedule_that_does_not_fit(share: str, owners: tuple[int, ...], messa
 
 
 def test_the_rule_of_hugging_face() -> None:
-    schedule = hugging_face(78, freq=4, offset=3)
+    schedule = hugging_face_schedule(78, freq=4, offset=3)
     full = [i for i, role in enumerate(schedule) if role == "F"]
     assert full == [0, 1, *range(2, 75, 4)]
     assert len(full) == 21
-    assert hugging_face(5, freq=1, offset=2) == "FFFFF"
+    assert hugging_face_schedule(5, freq=1, offset=2) == "FFFFF"
 
 
 @pytest.mark.parametrize("numbers", [(0, 4, 3), (8, 0, 3), (8, 4, 0)])
 def test_no_such_rule(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(OptionError, match="accepted: numbers from 1"):
-        hugging_face(*numbers)
+        hugging_face_schedule(*numbers)
 
 
 @pytest.mark.parametrize(("freq", "offset"), [(1, 2), (4, 3), (4, 1), (3, 2), (5, 7)])
@@ -96,7 +97,7 @@ def test_the_rule_is_that_of_transformers(freq: int, offset: int) -> None:
 
     config = GlmMoeDsaConfig(num_hidden_layers=20, index_topk_freq=freq, index_skip_topk_offset=offset)
     letters = "".join({"full": "F", "shared": "S"}[kind] for kind in config.indexer_types)
-    assert hugging_face(20, freq, offset) == letters
+    assert hugging_face_schedule(20, freq, offset) == letters
     assert letters.startswith("F")
 
 
