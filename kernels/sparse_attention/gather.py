@@ -28,6 +28,7 @@ from clsa_compile.kernels.launch import (
     padded_width,
     page_arguments,
     parts,
+    sinks_arguments,
     split_scratch,
     static,
     strides,
@@ -134,9 +135,7 @@ def launch(
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
     scratch = dict(args)
     if direct:
-        args["out_ptr"] = out
-        if sinks is not None:
-            args["sinks_ptr"] = sinks
+        args.update(out_ptr=out, **sinks_arguments(sinks))
     if softcap:
         args["SOFTCAP"] = softcap
     if whole:

@@ -142,6 +142,17 @@ def test_both_ways_of_writing_the_result(device: str, run: Run, judge: Any, spli
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)
 
 
+@pytest.mark.parametrize("topk", [100, 300])
+@pytest.mark.parametrize("sink", [-math.inf, -200.0, -90.0])
+def test_low_sinks_of_any_stride_and_rows_without_keys(
+    device: str, run: Run, judge: Any, sink: float, topk: int
+) -> None:
+    args = list(arguments(device, (2, 4, 2, 1, 400, 32, 16), topk))
+    args[3][0] = -1
+    args[7] = torch.tensor([[sink, 1.0], [0.5, 2.0], [sink, 3.0], [-1.0, 4.0]], device=device)[:, 0]
+    judge("sparse_attention")(run("sparse_attention", "gather", *args), tuple(args))
+
+
 # In the interpreter 128 heads are more programs of the same text as 40, whose last block is not full.
 @pytest.mark.parametrize("heads", [3, 40, pytest.param(128, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
