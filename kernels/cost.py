@@ -47,8 +47,8 @@ class Sizes:
     """What a launch is given: the dimension letters of `ir/ops.py`.
 
     B counts sequences, or sequences by query rows where each row has keys of its own; G is query rows a kv
-    head; T keys, or selected tokens; Dv is 0 for an index; E is bytes an element. `streamed` counts the rows of
-    queries that an index scan loads with each step of keys, 0 where they stay on the chip.
+    head; T keys, or selected tokens; Dv is 0 for an index; E is bytes an element. `streamed` counts the rows
+    of queries that an index scan loads with each step of keys, 0 where they stay on the chip.
     """
 
     B: int

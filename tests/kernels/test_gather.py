@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clsa_compile.dispatch import run as dispatch
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
 from clsa_compile.ir.references import (
     mask_bounds_reference,
@@ -16,7 +17,7 @@ from clsa_compile.ir.references import (
 )
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.launch import is_latent
-from clsa_compile.kernels.sparse_attention.gather import plan, supports
+from clsa_compile.kernels.sparse_attention.gather import GATHER, plan, supports
 
 Run = Callable[..., Any]
 
@@ -98,6 +99,25 @@ def test_rows_of_few_tokens_read_all_of_them(
         for row in range(rows):
             wanted = everything if spans[i, row] <= below else chosen
             torch.testing.assert_close(got[i, :, row], wanted[i, :, row], atol=1e-5, rtol=1e-4)
+
+
+# Bounds by name, of a row that may read 20 of 40 tokens.
+CALLERS_BOUNDS = {"exact": (0, 20), "loose": (0, 40), "beyond": (0, 400), "none": None}
+
+
+@pytest.mark.parametrize("predicate", ["kv < in0(b)", ""])
+@pytest.mark.parametrize("below", [2, 30, 100])
+@pytest.mark.parametrize("name", CALLERS_BOUNDS)
+def test_bounds_of_a_caller_may_be_loose(device: str, name: str, below: int, predicate: str) -> None:
+    """Of the tokens that are named, some lie beyond the predicate."""
+    inputs = (torch.tensor([20], device=device),) if predicate else ()
+    args = list(arguments(device, (1, 4, 2, 1, 40, 32, 32), 4, predicate=predicate, inputs=inputs))
+    args[3] = torch.tensor([0, 5, 25, 30], dtype=torch.int32, device=device).view(1, 1, 1, 4)
+    span = CALLERS_BOUNDS[name]
+    args[5] = span if span is None else torch.tensor([[span]], dtype=torch.int32, device=device)
+    whole = (*args, None, below)
+    exact = sparse_attention_reference(*whole)
+    torch.testing.assert_close(dispatch("sparse_attention", (GATHER,), *whole), exact, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
