@@ -26,11 +26,11 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from clsa_compile.kernels.device import Device
 
-SIZES = sympy.symbols("B Hkv G T D Dv E", positive=True)
+SIZES = (*sympy.symbols("B Hkv G T D Dv E", positive=True), sympy.Symbol("streamed", nonnegative=True))
 SHAPE = sympy.symbols("block_n warps stages splits", positive=True)
 CHIP = sympy.symbols("sms bandwidth shared registers launch", positive=True)
 RESIDENT = sympy.Symbol("resident", positive=True)
-B, HKV, G, T, D, DV, E = SIZES
+B, HKV, G, T, D, DV, E, STREAMED = SIZES
 BLOCK_N, WARPS, STAGES, SPLITS = SHAPE
 SMS, BANDWIDTH, SHARED, REGISTERS, LAUNCH = CHIP
 
@@ -47,7 +47,8 @@ class Sizes:
     """What a launch is given: the dimension letters of `ir/ops.py`.
 
     B counts sequences, or sequences by query rows where each row has keys of its own; G is query rows a kv
-    head; T keys, or selected tokens; Dv is 0 for an index; E is bytes an element.
+    head; T keys, or selected tokens; Dv is 0 for an index; E is bytes an element. `streamed` counts the rows
+    of queries that an index scan loads with each step of keys, 0 where they stay on the chip.
     """
 
     B: int
@@ -57,6 +58,7 @@ class Sizes:
     D: int
     Dv: int
     E: int
+    streamed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +149,9 @@ FAMILIES = {
             key_bytes=D * E + 4,
             ahead=DOT_AHEAD,
             merges=False,
-            # 64 rows of queries stay, and scores pass through.
-            shared=STEP * STAGES + 64 * D * E + 256,
+            # 64 rows of queries stay, or those of each step are in flight with its keys, with a weight each;
+            # and scores pass through.
+            shared=STEP * STAGES + Max(64, STAGES * STREAMED) * D * E + STAGES * STREAMED * 4 + 256,
             registers=28 + 1.1 * HELD,
             constants=Constants(
                 ramp=1.4317, start=1.1413, latency=0.7, tile=0.2837, issue=0.0858, reached=0.8689

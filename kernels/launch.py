@@ -194,6 +194,11 @@ def bounds_arguments(bounds: Tensor | None) -> dict[str, Any]:
     return {} if bounds is None else {"bounds_ptr": bounds.contiguous()}
 
 
+def sinks_arguments(sinks: Tensor | None) -> dict[str, Any]:
+    """Returns the kernel argument of the sinks [H], if there are any."""
+    return {} if sinks is None else {"sinks_ptr": sinks.contiguous()}
+
+
 def output(q: Tensor, dv: int) -> Tensor:
     """Returns an empty [B, S, H, Dv]: its transpose is what projections after attention read fastest."""
     b, h, s, _ = q.shape
@@ -220,9 +225,7 @@ def combine(
     # Keeps one program's tile of sums at 4096 numbers.
     block = max(16, min(power_of_two(dv), 64, 4096 // splits))
     jit = kernel("combine", sinks=sinks is not None, with_lse=lse is not None)
-    args: dict[str, Any] = {**scratch}
-    if sinks is not None:
-        args["sinks_ptr"] = sinks
+    args: dict[str, Any] = {**scratch, **sinks_arguments(sinks)}
     if lse is not None:
         args["lse_ptr"] = lse
     wrap(jit)[(b * h * s, ceil_div(dv, block))](

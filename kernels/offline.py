@@ -270,6 +270,9 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     lightning = LIGHTNING.text
     yield "index_topk", "DSA, 64 heads", _index(1, 64, 1, 1, t, 128, bf16, lightning, **masked)
     yield "index_topk", "DSA, 32 heads", _index(4, 32, 1, 1, t, 128, bf16, lightning, **causal)
+    for h, s, d in ((64, 3, 128), (64, 8, 128), (32, 3, 128), (32, 8, 128), (64, 8, 192), (64, 8, 256)):
+        yield "index_topk", f"DSA, {h} heads of {d}, S={s}", _index(1, h, 1, s, t, d, bf16, lightning)
+    yield "index_topk", "DSA, S=8, fp32", _index(1, 64, 1, 8, 2048, 128, fp32, lightning)
     yield "index_topk", "CLSA, 1 head", _index(1, 1, 1, 1, t, 128, bf16, DOT_PRODUCT.text)
     yield "index_topk", "mass of an anchor", _index(1, *llama, 1, t, 128, bf16, MASS.text, **masked)
     yield (

@@ -50,6 +50,7 @@ def lower(
     `variants` are tried in order; `wrap` makes a Triton kernel traceable.
     """
     choices = []
+    _drop_loose_bounds(captured)
     traced: dict[Any, tuple[str, GraphModule]] = {}
     for node in list(captured.graph.nodes):
         op = contract_op(node.target) if node.op == "call_function" else None
@@ -73,6 +74,18 @@ def lower(
     drop_dead(captured.graph)
     captured.module.recompile()
     return captured, tuple(choices)
+
+
+def _drop_loose_bounds(captured: Captured) -> None:
+    """Takes away the bounds that a kernel would take as exact, where nothing here says that they are."""
+    clsa = torch.ops.clsa
+    for node in captured.graph.find_nodes(op="call_function", target=clsa.sparse_attention.default):
+        values = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
+        bounds = values["bounds"]
+        if not values.get("dense_below") or not isinstance(bounds, Node):
+            continue
+        if bounds.target != clsa.mask_bounds.default:
+            node.update_arg(list(values).index("bounds"), None)
 
 
 def _pin_strides(captured: Captured, node: Node) -> None:

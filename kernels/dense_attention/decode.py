@@ -32,6 +32,7 @@ from clsa_compile.kernels.launch import (
     parts,
     power_of_two,
     query_rows,
+    sinks_arguments,
     split_scratch,
     static,
     strides,
@@ -182,9 +183,7 @@ def launch(
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
     scratch = dict(args)
     if direct:
-        args.update(out_ptr=out, lse_ptr=lse)
-        if sinks is not None:
-            args["sinks_ptr"] = sinks
+        args.update(out_ptr=out, lse_ptr=lse, **sinks_arguments(sinks))
     if softcap:
         args["SOFTCAP"] = softcap
     if scores is not None:

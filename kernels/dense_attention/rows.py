@@ -21,6 +21,7 @@ from clsa_compile.kernels.launch import (
     padded_width,
     page_arguments,
     parts,
+    sinks_arguments,
     strides,
     unsupported_dtype,
 )
@@ -81,9 +82,7 @@ def launch(
         paged=pages is not None,
         **mask_context(mask, mask_inputs, predicate, (2,)),
     )
-    args: dict[str, Any] = {}
-    if sinks is not None:
-        args["sinks_ptr"] = sinks
+    args: dict[str, Any] = sinks_arguments(sinks)
     if softcap:
         args["SOFTCAP"] = softcap
     wrap(jit)[(ceil_div(s, block_m), h, b)](

@@ -14,7 +14,7 @@ from clsa_compile.ir.pages import key_slots
 from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.choice import choose
-from clsa_compile.kernels.cost import Sizes
+from clsa_compile.kernels.cost import Shape, Sizes, needs
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
 from clsa_compile.kernels.index_topk.select import padded, segments, select
@@ -36,8 +36,10 @@ from clsa_compile.kernels.render import kernel
 
 # Where the batch is not known while tracing.
 ASSUMED_BATCH = 4
-# Query rows whose heads may stay on the chip while keys go by.
+# Query rows whose heads may stay on the chip while keys go by; and the heads of a dot where they do not:
+# those of all rows are in flight with the keys of each step.
 MOST_RESIDENT = 2
+STREAMED_HEADS = 16
 # Width up to which what was measured at 128 is extrapolated.
 MODELLED_WIDTH = 256
 
@@ -51,33 +53,45 @@ def supports(facts: Facts) -> Support:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shape of the scan: BLOCK_N keys a step, BLOCK_H heads a dot, programs a row of scores."""
+    """Shape of the scan: BLOCK_N keys a step, BLOCK_H heads a dot, programs a row of scores.
+
+    resident: queries are loaded once and stay, they do not come with each step of keys.
+    """
 
     block_n: int
     block_h: int
     warps: int
     stages: int
     programs: int
+    resident: bool
 
 
 def plan(q: Tensor, k: Tensor, heads: int, t: Any) -> Plan:
     """Returns the shape of a scan of t keys that writes `heads` rows of scores a sequence and query row."""
-    b, group = q.shape[0], q.shape[1] // k.shape[1]
+    (b, h, s, _), hkv = q.shape, k.shape[1]
+    group = h // hkv
     device = Device.of(q.device)
     batch, d = (b if static(b) else ASSUMED_BATCH), padded_width(k.shape[3])
-    block_h = min(64, max(16, power_of_two(group)))
-    if q.dtype == torch.float32:
-        return Plan(32, 16, 8, 2, max(1, 4 * device.sms // (batch * heads)))
+    few = q.dtype == torch.float32 or s > MOST_RESIDENT
+    block_h = STREAMED_HEADS if few else min(64, max(16, power_of_two(group)))
+    resident = hkv == heads and group <= block_h and s <= MOST_RESIDENT
+    streamed = 0 if resident or group == 1 else s * block_h
     keys = t if static(t) else ASSUMED_KEYS
-    sizes = Sizes(batch, heads, group, keys, d, 0, k.element_size())
-    if d <= MODELLED_WIDTH and (
-        shape := choose("index_scan_single" if group == 1 else "index_scan", sizes, device)
-    ):
-        return Plan(shape.block_n, block_h, shape.warps, shape.stages, shape.splits)
-    # Wide index heads. The model has no data for them.
-    warps, stages, an_sm = (8, 2, 4) if group == 1 else (4, 4, 2)
-    block_n = 64 if d <= 256 else 32
-    return Plan(block_n, block_h, warps, stages, max(1, an_sm * device.sms // (batch * heads)))
+    sizes = Sizes(batch, heads, group, keys, d, 0, k.element_size(), streamed)
+    name = "index_scan_single" if group == 1 else "index_scan"
+    if q.dtype == torch.float32:
+        block_n, warps, stages, an_sm = 32, 8, 2, 4
+    elif d <= MODELLED_WIDTH and (shape := choose(name, sizes, device)):
+        return Plan(shape.block_n, block_h, shape.warps, shape.stages, shape.splits, resident)
+    else:
+        # Wide index heads. The model has no data for them.
+        warps, stages, an_sm = (8, 2, 4) if group == 1 else (4, 4, 2)
+        block_n = 64 if d <= 256 else 32
+    if streamed:
+        while stages > 1 and needs(name, sizes, Shape(block_n, warps, stages, 1))[0] > device.program_shared:
+            stages -= 1
+    programs = max(1, an_sm * device.sms // (batch * heads))
+    return Plan(block_n, block_h, warps, stages, programs, resident)
 
 
 def scan(
@@ -112,7 +126,7 @@ def scan(
         bounds=bounds is not None,
         per_kv_head=per_kv_head,
         single=group == 1,
-        resident=(hkv == heads) and group <= shape.block_h and s <= MOST_RESIDENT,
+        resident=shape.resident,
         S=s,
         paged=pages is not None,
         # Elsewhere a thread loads several numbers of a key at once, or holds several heads.

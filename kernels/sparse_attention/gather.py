@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clsa_compile.ir.masks import interval, parse_predicate
 from clsa_compile.ir.pages import key_slots
+from clsa_compile.ir.references import mask_bounds_reference
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.choice import choose, modelled
 from clsa_compile.kernels.cost import Sizes
@@ -28,6 +29,7 @@ from clsa_compile.kernels.launch import (
     padded_width,
     page_arguments,
     parts,
+    sinks_arguments,
     split_scratch,
     static,
     strides,
@@ -106,14 +108,15 @@ def launch(
 ) -> Tensor:
     """Runs `clsa::sparse_attention`: out [B, H, S, Dv] in memory order [B, S, H, Dv].
 
-    `bounds` is a hint that a gather does not need, unless rows with few tokens read all of them.
+    `bounds` is a hint that a gather does not need. With `dense_below`, whoever gives it vouches that it is
+    what `mask_bounds` says and that indices name no token that may not be read.
     """
     q = q.contiguous()
     b, h, s, d = q.shape
     hkv, dv, topk = k.shape[1], v.shape[3], indices.shape[3]
     whole = dense_below > 0
     if whole:
-        bounds, predicate = _reach(q, k, mask, bounds, predicate, pages)
+        bounds, predicate = _reach(q, k, mask, bounds, mask_inputs, predicate, pages)
     splits, block_m, block_n, warps, stages = plan(q, k, v, topk, pages)
     direct = splits == 1
     out = output(q, dv)
@@ -134,9 +137,7 @@ def launch(
     args: dict[str, Any] = {} if direct else dict(split_scratch(q, dv, splits))
     scratch = dict(args)
     if direct:
-        args["out_ptr"] = out
-        if sinks is not None:
-            args["sinks_ptr"] = sinks
+        args.update(out_ptr=out, **sinks_arguments(sinks))
     if softcap:
         args["SOFTCAP"] = softcap
     if whole:
@@ -174,16 +175,26 @@ def launch(
 
 
 def _reach(
-    q: Tensor, k: Tensor, mask: Tensor | None, bounds: Tensor | None, predicate: str, pages: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    bounds: Tensor | None,
+    mask_inputs: Sequence[Tensor],
+    predicate: str,
+    pages: Tensor | None,
 ) -> tuple[Tensor, str]:
-    """Returns the bounds of all rows, and what of the predicate they do not say.
+    """Returns the exact bounds of all rows, and what of the predicate must still be asked.
 
-    Bounds of an interval are exact, and the tokens that were chosen lie within them.
+    Bounds that are given are those of an interval or a mask, as `mask_bounds` says them, and the tokens that
+    were chosen lie within: see `launch`.
     """
-    if bounds is None:
+    keys = key_slots(k, pages)
+    if bounds is None and mask is None and not predicate:
         bounds = q.new_zeros((q.shape[0], q.shape[2], 2), dtype=torch.int32)
-        bounds[..., 1] = key_slots(k, pages)
-        return bounds, predicate
+        bounds[..., 1] = keys
+        return bounds, ""
+    if bounds is None:
+        return mask_bounds_reference(q, mask, mask_inputs, q.shape[1], keys, predicate), predicate
     exact = mask is None and interval(parse_predicate(predicate)) is not None
     return bounds, "" if exact else predicate
 

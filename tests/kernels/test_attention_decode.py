@@ -126,6 +126,25 @@ def test_sinks_and_softcap(
     judge("attention")(run("attention", "decode", *args), args)
 
 
+@pytest.mark.parametrize("splits", ["split", "direct"])
+@pytest.mark.parametrize("sink", [-math.inf, -200.0, -90.0])
+def test_low_sinks_and_rows_without_keys(device: str, run: Run, judge: Any, sink: float, splits: str) -> None:
+    t = 100 if splits == "split" else 20
+    mask = torch.ones(1, 1, 2, t, dtype=torch.bool, device=device)
+    mask[:, :, 0] = False
+    args = list(arguments(device, (1, 4, 2, 2, t, 32, 16), mask=mask))
+    args[6] = torch.full((4,), sink, device=device)
+    assert (plan(*args[:3])[0] == 1) == (splits == "direct")
+    judge("attention")(run("attention", "decode", *args), tuple(args))
+
+
+@pytest.mark.parametrize("t", [20, 100])
+def test_sinks_of_any_stride(device: str, run: Run, judge: Any, t: int) -> None:
+    args = list(arguments(device, (1, 4, 2, 1, t, 32, 16)))
+    args[6] = torch.randn(4, 3, device=device)[:, 1]
+    judge("attention")(run("attention", "decode", *args), tuple(args))
+
+
 def test_caches_of_any_strides_are_read_in_place(device: str, run: Run, judge: Any) -> None:
     args = list(arguments(device, (2, 4, 2, 1, 60, 32, 32)))
     wide = torch.randn(2, 60, 2, 96, device=device)

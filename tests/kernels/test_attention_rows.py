@@ -63,6 +63,15 @@ def test_mask_tensors_sinks_and_softcap(device: str, run: Run, judge: Any, shape
     judge("attention")(run("attention", "rows", *args), args)
 
 
+@pytest.mark.parametrize("sink", [-math.inf, -200.0, -90.0])
+def test_low_sinks_of_any_stride_and_rows_without_keys(
+    device: str, run: Run, judge: Any, sink: float
+) -> None:
+    args = list(arguments(device, (1, 4, 2, 10, 20, 32, 32), predicate="kv < q"))
+    args[6] = torch.tensor([[sink, 1.0], [0.5, 2.0], [sink, 3.0], [-1.0, 4.0]], device=device)[:, 0]
+    judge("attention")(run("attention", "rows", *args), tuple(args))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clsa_compile.dispatch import run as dispatch
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
 from clsa_compile.ir.references import (
     mask_bounds_reference,
@@ -16,7 +17,7 @@ from clsa_compile.ir.references import (
 )
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.launch import is_latent
-from clsa_compile.kernels.sparse_attention.gather import plan, supports
+from clsa_compile.kernels.sparse_attention.gather import GATHER, plan, supports
 
 Run = Callable[..., Any]
 
@@ -100,6 +101,25 @@ def test_rows_of_few_tokens_read_all_of_them(
             torch.testing.assert_close(got[i, :, row], wanted[i, :, row], atol=1e-5, rtol=1e-4)
 
 
+# Bounds by name, of a row that may read 20 of 40 tokens.
+CALLERS_BOUNDS = {"exact": (0, 20), "loose": (0, 40), "beyond": (0, 400), "none": None}
+
+
+@pytest.mark.parametrize("predicate", ["kv < in0(b)", ""])
+@pytest.mark.parametrize("below", [2, 30, 100])
+@pytest.mark.parametrize("name", CALLERS_BOUNDS)
+def test_bounds_of_a_caller_may_be_loose(device: str, name: str, below: int, predicate: str) -> None:
+    """Of the tokens that are named, some lie beyond the predicate."""
+    inputs = (torch.tensor([20], device=device),) if predicate else ()
+    args = list(arguments(device, (1, 4, 2, 1, 40, 32, 32), 4, predicate=predicate, inputs=inputs))
+    args[3] = torch.tensor([0, 5, 25, 30], dtype=torch.int32, device=device).view(1, 1, 1, 4)
+    span = CALLERS_BOUNDS[name]
+    args[5] = span if span is None else torch.tensor([[span]], dtype=torch.int32, device=device)
+    whole = (*args, None, below)
+    exact = sparse_attention_reference(*whole)
+    torch.testing.assert_close(dispatch("sparse_attention", (GATHER,), *whole), exact, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_set_per_kv_head_and_rows_without_tokens(device: str, run: Run, judge: Any, heads: int) -> None:
     args = arguments(device, (2, 4, 2, 2, 100, 32, 32), 24, heads=heads)
@@ -140,6 +160,17 @@ def test_both_ways_of_writing_the_result(device: str, run: Run, judge: Any, spli
     args = arguments(device, (1, 4, 2, 1, 400, 32, 16), topk, sinks=True)
     assert (plan(*args[:3], topk)[0] == 1) == (splits == "direct")
     judge("sparse_attention")(run("sparse_attention", "gather", *args), args)
+
+
+@pytest.mark.parametrize("topk", [100, 300])
+@pytest.mark.parametrize("sink", [-math.inf, -200.0, -90.0])
+def test_low_sinks_of_any_stride_and_rows_without_keys(
+    device: str, run: Run, judge: Any, sink: float, topk: int
+) -> None:
+    args = list(arguments(device, (2, 4, 2, 1, 400, 32, 16), topk))
+    args[3][0] = -1
+    args[7] = torch.tensor([[sink, 1.0], [0.5, 2.0], [sink, 3.0], [-1.0, 4.0]], device=device)[:, 0]
+    judge("sparse_attention")(run("sparse_attention", "gather", *args), tuple(args))
 
 
 # In the interpreter 128 heads are more programs of the same text as 40, whose last block is not full.

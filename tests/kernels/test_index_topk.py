@@ -10,7 +10,10 @@ from torch import Tensor
 
 from clsa_compile.ir.references import index_scores_reference, index_topk_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, MASS, MAX_HEAD, SCORES, parse_score
+from clsa_compile.kernels.device import Device
+from clsa_compile.kernels.index_topk import decode
 from clsa_compile.kernels.index_topk import rows as rows_module
+from clsa_compile.kernels.launch import padded_width
 
 Run = Callable[..., Any]
 VARIANTS = ["decode", "rows"]
@@ -144,6 +147,30 @@ def test_nan_ranks_first(device: str, run: Run, variant: str, score: str) -> Non
     expected = index_topk_reference(*args)
     assert (expected == 77).any(-1).all()
     assert torch.equal(run("index_topk", variant, *args), expected)
+
+
+def test_blocks_of_heads_of_several_rows(device: str, run: Run) -> None:
+    args = arguments(device, (1, 40, 1, 3, 70, 32), 20, LIGHTNING.text, whole=True)
+    assert torch.equal(run("index_topk", "decode", *args), index_topk_reference(*args))
+
+
+@pytest.mark.parametrize("chip", ["h100", "a100"])
+@pytest.mark.parametrize("d", [128, 192, 256, 576])
+@pytest.mark.parametrize("heads", [24, 32, 64, 128])
+def test_what_a_step_has_in_flight_fits(
+    monkeypatch: pytest.MonkeyPatch, heads: int, d: int, chip: str
+) -> None:
+    """A step loads its keys and, where they do not stay on the chip, the queries of all rows."""
+    device = Device.named(chip)
+    monkeypatch.setattr(Device, "of", staticmethod(lambda _: device))
+    k = torch.empty(1, 1, 131072, d, dtype=torch.bfloat16, device="meta")
+    for s in range(3, 9):
+        q = torch.empty(1, heads, s, d, dtype=torch.bfloat16, device="meta")
+        shape = decode.plan(q, k, 1, 131072)
+        assert not shape.resident
+        step = (shape.block_n + s * shape.block_h) * padded_width(d) * 2
+        # With one stage nothing is in flight.
+        assert shape.stages == 1 or shape.stages * step <= device.program_shared
 
 
 def test_rows_are_scored_a_chunk_at_a_time(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

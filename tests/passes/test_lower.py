@@ -286,3 +286,20 @@ def test_bounds_are_held_for_all_kernels_that_take_them(trace: Trace) -> None:
     (held,) = [n for n in captured.graph.nodes if n.target is torch.ops.aten.as_strided.default]
     assert len(held.users) == 2
     assert torch.equal(captured.module(qkv()[0]), fn(qkv()[0]))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_bounds_that_may_be_loose_are_not_taken_as_exact(trace: Trace, said: bool) -> None:
+    """A kernel that reads all of few tokens trusts the bounds that it is given."""
+    clsa, predicate = torch.ops.clsa, "kv <= q"
+    mine = torch.tensor([0, T], dtype=torch.int32).expand(B, S, 2).contiguous()
+    indices = torch.zeros(B, 1, S, 2, dtype=torch.int32)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, mine: Tensor) -> Tensor:
+        bounds = clsa.mask_bounds(q, None, [], H, T, predicate) if said else mine
+        rest = (None, bounds, [], None, 0.5, 0.0, predicate, None, 4)
+        return clsa.sparse_attention(q, k, v, indices, *rest)  # type: ignore[no-any-return]
+
+    kernel = Kernel("sparse_attention")
+    lower(trace(attend, *qkv(), indices, mine), (kernel.variant,), lambda k: k)
+    assert ("bounds" in kernel.strides[0]) == said
