@@ -264,11 +264,9 @@ def check(bench: Bench, variant: Variant, length: int) -> dict[str, Any]:
         found[name] = check_logits(bench, runs, forward, length)
     distances = [(a - b).abs().max().item() for a, b in zip(*found.values(), strict=True)]
     largest = max(logits.abs().max().item() for logits in found["eager"])
-    same = all(torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(*found.values(), strict=True))
     return {
         "difference": max(distances),
         "budget": CHECK_BUDGET * largest,
-        "same_argmax": same,
         "layers": config.layers,
         "passed": max(distances) <= CHECK_BUDGET * largest,
     }

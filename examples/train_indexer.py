@@ -145,7 +145,7 @@ class Trainer:
         return self.state.stage == len(STAGES)
 
     def step(self) -> dict[str, float]:
-        """Trains one step; returns its losses. ArithmeticError where one is not finite."""
+        """Trains one step; returns its losses. ArithmeticError where one, or a gradient, is not finite."""
         settings, stage = self.settings, self.stage
         ids, known = (x.to(self.device) for x in batch(settings, self.text.train, self.state))
         with self._cast():
@@ -168,7 +168,10 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         total.backward()
         trained = [w for w in self.model.parameters() if w.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        # Clipped by such a norm, weights would be no numbers, and the next checkpoint would hold them.
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"a gradient of norm {norm} in step {self.state.step} of stage {stage}")
         self._set_rates()
         for optimizer in self.optimizers:
             optimizer.step()

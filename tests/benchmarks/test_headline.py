@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_computed_or_says_so(monkeypatch: pytest.MonkeyPatc
 
 def made_up(cell: Cell) -> dict[str, Any]:
     if cell.kind == "check":
-        return {"difference": 0.0, "budget": 1.0, "same_argmax": True, "layers": 2, "passed": True}
+        return {"difference": 0.0, "budget": 1.0, "layers": 2, "passed": True}
     place = list(VARIANTS).index(cell.variant)
     ms = {
         "prefill": 1e-3 * cell.length,

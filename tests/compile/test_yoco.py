@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,11 @@ def test_the_example_knows_nothing_of_clsa() -> None:
 
 
 def test_the_presets_are_the_papers_shape_and_a_small_one() -> None:
+    paper = {
+        "layers": 32, "hidden": 2560, "ffn": 7680, "heads": 20, "kv_heads": 4, "head_dim": 128,
+        "window": 512, "topk": 2048,
+    }  # fmt: skip
+    assert asdict(EXAMPLE.PRESETS["4b"]).items() >= paper.items()
     with torch.device("meta"):
-        model = EXAMPLE.Decoder(EXAMPLE.PRESETS["4b"])
         small = EXAMPLE.Decoder(EXAMPLE.PRESETS["small"])
-    count = sum(p.numel() for p in model.parameters())
-    assert 2.0e9 < count < 4.5e9
     assert sum(p.numel() for p in small.parameters()) < 1e7

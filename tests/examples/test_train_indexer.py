@@ -310,6 +310,27 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
     assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
 
 
+def test_a_gradient_that_is_infinite_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, text: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last step before a checkpoint, which would hold what the step made of the weights."""
+    loss, calls = train_indexer.next_token_loss, []
+
+    def steep(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        found = loss(*args, **kwargs)
+        if len(calls) == 4:
+            found.register_hook(lambda gradient: gradient * torch.inf)
+        return found
+
+    monkeypatch.setattr(train_indexer, "next_token_loss", steep)
+    message = r"diverged: a gradient of norm (inf|nan) in step 3 of stage dense.*last good checkpoint"
+    with pytest.raises(SystemExit, match=message):
+        train_indexer.main([*SHORT, *text, "--out", str(tmp_path / "run")])
+    assert results(tmp_path / "run")["step"] == 2
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run").values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

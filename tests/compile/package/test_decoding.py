@@ -143,11 +143,11 @@ def test_native_code_of_every_family_equals_eager(name: str, is_padded: bool, tm
     check(model, made, tmp_path, is_padded)
 
 
-def same_as_compiled(model: Any, made: Any, passes: Any) -> None:
+def same_as_compiled(model: Any, made: Any, passes: Any, weights: Any = None) -> None:
     """Compares a package with what `torch.compile` makes of the model, for a prompt and a step after it."""
     from transformers import StaticCache
 
-    package = clsa_compile.load(made.path, digest=made.digest)
+    package = clsa_compile.load(made.path, digest=made.digest, weights=weights)
     caches = package.caches(2, 32)
     cache: Any = StaticCache(config=model.config, max_cache_len=32)
     ids = torch.arange(24).view(2, 12)
@@ -171,7 +171,8 @@ def test_a_plan_with_indices_that_were_trained(tmp_path: Path, passes: Any, inde
     """Their weights become part of the package, also where those of the model do not."""
     model = tiny("llama", num_hidden_layers=4)
     plan = index_plan(model)
-    made = exported(model, tmp_path / "a.pt2", False, format="program", plan=plan)
+    made = exported(model, tmp_path / "a.pt2", False, format="program", plan=plan, weights="outside")
     assert {site.action for site in made.report.plans[1].sites} == {"sparse"}
     passes.options = Options.read({"share": plan})
-    same_as_compiled(model, made, passes)
+    # The model's own weights alone are given: it knows nothing of indices.
+    same_as_compiled(model, made, passes, model.state_dict())
