@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from compile_time import measure_compile
+from results import write_text
 from rich.console import Console
 from rich.table import Table
 from shapes import (
@@ -449,8 +450,7 @@ def write_json(path: Path, results: dict[str, Any], device: torch.device) -> Non
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, default=asdict) + "\n")
+    write_text(path, json.dumps(results, indent=2, default=asdict) + "\n")
 
 
 def main() -> int:

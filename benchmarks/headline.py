@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import platform
 import statistics
 import sys
@@ -45,6 +44,7 @@ from decoders import (
     without_attention,
 )
 from headline_report import Results, write_report
+from results import write_text
 from rich.console import Console
 from timing import forget_compiled, measure, read_bandwidth, synchronize
 from torch import Tensor
@@ -54,6 +54,9 @@ GIB = 2**30
 STEPS = 16  # back to back, for wall time
 CHECK_BUDGET = 1e-3  # of the largest logit, in float32
 SPARE = 0.06  # of the device's memory, for what steps allocate
+# Lengths and batches, where none are asked for.
+SIZES = [8192, 32768, 131072], [1, 4, 8, 16, 32]
+TINY_SIZES = [256, 512], [1, 2]
 
 console = Console(width=None if sys.stdout.isatty() else 150)  # a log wraps no table
 
@@ -316,18 +319,17 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         bench.turn.give()
 
 
-def cells(arguments: argparse.Namespace, config: Config) -> Iterator[Cell]:
+def cells(names: list[str], lengths: list[int], batches: list[int], topk: int) -> Iterator[Cell]:
     """Yields all cells, those first that the paper's own figures are compared with."""
-    names, batches = arguments.variants, arguments.batches
     for name in names:
         if VARIANTS[name].exact:
-            yield Cell("check", name, 2 * config.topk, 2)
+            yield Cell("check", name, 2 * topk, 2)
     middle_first = sorted(batches, key=lambda b: (b != 8, -b))
-    for length in sorted(arguments.lengths, reverse=True):
+    for length in sorted(lengths, reverse=True):
         yield from (Cell("prefill", name, length) for name in names)
         for batch in middle_first:
             yield from (Cell("decode", name, length, batch) for name in names)
-            if length == max(arguments.lengths):
+            if length == max(lengths):
                 yield from (Cell("rest", name, 0, batch) for name in names)
 
 
@@ -362,16 +364,14 @@ def load(path: Path, bench: Bench) -> Results:
 
 def save(path: Path, results: Results) -> None:
     """Writes the JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".part")
-    partial_file.write_text(json.dumps(vars(results), indent=1) + "\n")
-    os.replace(partial_file, path)
+    write_text(path, json.dumps(vars(results), indent=1) + "\n")
 
 
 def run(arguments: argparse.Namespace, bench: Bench, results: Results, path: Path) -> bool:
     """Measures what is missing; returns False when time ran out."""
     begin = time.monotonic()
-    asked = [c for c in cells(arguments, bench.config) if wanted(c, arguments)]
+    sizes = arguments.variants, arguments.lengths, arguments.batches
+    asked = [c for c in cells(*sizes, bench.config.topk) if wanted(c, arguments)]
     missing = [c for c in asked if arguments.again or c.key not in results.cells]
     if missing:
         results.bandwidth.append(read_bandwidth(bench.device))
@@ -473,8 +473,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the script out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = parser.parse_args(arguments)
-    chosen.lengths = chosen.lengths or ([256, 512] if chosen.tiny else [8192, 32768, 131072])
-    chosen.batches = chosen.batches or ([1, 2] if chosen.tiny else [1, 4, 8, 16, 32])
+    lengths, batches = TINY_SIZES if chosen.tiny else SIZES
+    chosen.lengths, chosen.batches = chosen.lengths or lengths, chosen.batches or batches
     return chosen
 
 
@@ -493,7 +493,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         results = load(path, bench)
         finished = run(chosen, bench, results, path)
-    console.print(write_report(results, chosen.out))
+    planned = cells(list(VARIANTS), *(TINY_SIZES if chosen.tiny else SIZES), config.topk)
+    console.print(write_report(results, [cell.key for cell in planned], chosen.out))
     if any(not found.get("passed", True) for found in results.cells.values()):
         return 1
     return 0 if finished else 2

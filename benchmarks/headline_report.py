@@ -1,17 +1,22 @@
 """The table and the plots of headline.py, from the cells in its JSON file."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from decoders import VARIANTS, Config, attention_bytes
+from results import write_text
 from rich.table import Table
 
 GIB = 2**30
 GENERATED = (1024, 8192)
-BASELINE = "transformer"
+BASELINE, OURS = "transformer", "clsa"
+# Tokens a second of prompts, steps, and end to end, as notes on the paper's tables 9 to 12 quote them.
+PAPER_LENGTH = 131072
+PAPER = {BASELINE: (1019, 431.16, 62.53), OURS: (20742, 3276.80, 1068.06)}
 SAMPLES = 16  # of the steps of a generation, whose mean is taken
 COLUMNS = (
     "tokens", "batch", "decoder", "prefill tok/s", "step ms", "decode tok/s", "ratio", "attention ms",
@@ -169,11 +174,11 @@ def texts(found: list[Row]) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def markdown(results: Results, lines: list[list[str]]) -> str:
+def markdown(results: Results, planned: Collection[str], found: list[Row], pictures: list[Path]) -> str:
     """Gives the table, what else was found, and how columns are made."""
     about = results.environment
     bandwidth = ", ".join(f"{b / 1e12:.2f}" for b in results.bandwidth)
-    config = about["config"]
+    config, cells = about["config"], {*planned, *results.cells}
     text = [
         "# Decoders of one shape: dense, cached once, and with an index",
         "",
@@ -182,16 +187,59 @@ def markdown(results: Results, lines: list[list[str]]) -> str:
         f"{config['window']}, top {config['topk']}; random weights. Read bandwidth in TB/s, a value a call: "
         f"{bandwidth}. Made by `python benchmarks/headline.py --out docs/headline`.",
         "",
+        f"{len(results.cells)} of {len(cells)} cells are measured. What is missing has no line, or a dash in "
+        "one, and is a gap in the pictures.",
+        "",
         "| " + " | ".join(name.strip() for name in COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
-        *("| " + " | ".join(line) + " |" for line in lines),
+        *("| " + " | ".join(line) + " |" for line in texts(found)),
         "",
+        *(f"![tokens a second: {path.stem.replace('_', ' ')}]({path.name})\n" for path in pictures),
+        *beside_paper(found),
         *checks(results),
         *failures(results),
         "",
         NOTES,
     ]
     return "\n".join(text)
+
+
+def beside_paper(found: list[Row]) -> Iterator[str]:
+    """Writes why the ratio end to end is what it is, here and in the paper, where all of it was measured."""
+    whole = [r for r in found if r.length == PAPER_LENGTH and r.step is not None and all(r.end_to_end)]
+    bases, ours = ({r.batch: r for r in whole if r.variant == name} for name in PAPER)
+    if not bases.keys() & ours.keys():
+        return
+    batch = max(bases.keys() & ours.keys())
+    base, mine, largest = bases[batch], ours[batch], ours[max(ours)]
+    prompts, steps, ends = map(times, PAPER[OURS], PAPER[BASELINE])
+    there, its = (PAPER[name][0] for name in PAPER)
+    yield (
+        "End to end is so many prompts and so many steps, so its ratio lies between theirs. Here a prompt of "
+        f"CLSA is {times(mine.prefill, base.prefill)} as fast as the Transformer's, a step of {batch} "
+        f"sequences, the most at which both were measured, {times(mine.rate, base.rate)}, and so end to end "
+        f"{end_ratios(mine, base)} tokens. In the paper (arXiv 2606.06467; B200, vLLM, 128K; quoted from "
+        f"notes on it) prompts are {prompts} as fast, steps {steps}, end to end {ends}. Prompts make the "
+        f"difference: the Transformer reads {base.prefill:.0f} tokens a second here and {there} there "
+        f"({times(base.prefill, there)}), CLSA {mine.prefill:.0f} and {its} ({times(mine.prefill, its)})."
+    )
+    if largest.batch > batch:
+        yield (
+            f"With {largest.batch} sequences of CLSA to {batch} of the Transformer, whose cache then takes "
+            f"{base.cell['cache_bytes'] / GIB:.0f} GiB, end to end is {end_ratios(largest, base)} tokens."
+        )
+    yield ""
+
+
+def times(mine: float, its: float) -> str:
+    """Writes how many times as much, as text has it."""
+    return f"{mine / its:.1f}x"
+
+
+def end_ratios(mine: Row, base: Row) -> str:
+    """Writes how many times as fast it is end to end, for each number of generated tokens."""
+    pairs = zip(GENERATED, mine.end_to_end, base.end_to_end, strict=True)
+    return " and ".join(f"{ratio(ours, its)} with {count} generated" for count, ours, its in pairs)
 
 
 def checks(results: Results) -> Iterator[str]:
@@ -214,78 +262,80 @@ def failures(results: Results) -> Iterator[str]:
             yield f"- {key}: {cell['error']}"
 
 
-def draw_decode(pyplot: Any, found: list[Row], path: Path) -> None:
-    """Draws tokens a second by batch, a picture a length; hollow where computed."""
-    lengths = sorted({r.length for r in found})
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(4.5 * len(lengths), 4), squeeze=False)
-    for axis, length in zip(axes[0], lengths, strict=True):
-        for color, variant in enumerate(VARIANTS):
-            own = [r for r in found if (r.length, r.variant) == (length, variant) and r.rate is not None]
-            if not own:
-                continue
-            batches, rates = [r.batch for r in own], [r.rate for r in own]
-            axis.plot(batches, rates, color=f"C{color}", label=variant)
-            for r in own:
-                face = "white" if r.cell["computed_from"] else f"C{color}"
-                axis.plot(r.batch, r.rate, "o", color=f"C{color}", markerfacecolor=face)
-        axis.set(
-            title=f"{length} tokens", xscale="log", yscale="log", xlabel="sequences", ylabel="tokens / s"
-        )
-        axis.set_xscale("log", base=2)
-        axis.legend(fontsize="small")
-    figure.suptitle("decode steps (hollow: computed from fewer layers)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def panel(
+    axis: Any, found: list[Row], length: int, batches: list[int], rate: Callable[[Row], float | None]
+) -> None:
+    """Draws tokens a second by batch: hollow where computed, a gap where there is no cell."""
+    ends = batches[0] / 1.3, batches[-1] * 1.3
+    axis.set(title=f"{length} tokens", xlabel="sequences", ylabel="tokens / s", xlim=ends)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    cells = {(r.variant, r.batch): r for r in found if r.length == length and rate(r) is not None}
+    if not cells:
+        axis.set_yticks([])
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="gray")
+        return
+    axis.set_yscale("log")
+    for color, variant in enumerate(VARIANTS):
+        own = [cells.get((variant, batch)) for batch in batches]
+        rates = [math.nan if r is None else rate(r) for r in own]
+        label = f"{variant}: {len(own) - own.count(None)} of {len(batches)}"
+        axis.plot(batches, rates, color=f"C{color}", label=label)
+        for r in filter(None, own):
+            face = "white" if r.cell["computed_from"] else f"C{color}"
+            axis.plot(r.batch, rate(r), "o", color=f"C{color}", markerfacecolor=face)
+    axis.legend(fontsize="small")
 
 
-def draw_end_to_end(pyplot: Any, found: list[Row], path: Path) -> None:
-    """Draws end to end tokens a second at the largest batch of each length."""
-    figure, axes = pyplot.subplots(1, len(GENERATED), figsize=(5.5 * len(GENERATED), 4), squeeze=False)
-    lengths = sorted({r.length for r in found})
-    for i, (axis, generated) in enumerate(zip(axes[0], GENERATED, strict=True)):
-        for place, variant in enumerate(VARIANTS):
-            for at, length in enumerate(lengths):
-                own = [r for r in found if (r.length, r.variant) == (length, variant) and r.end_to_end[i]]
-                if own:
-                    largest = max(own, key=lambda r: r.batch)
-                    name = variant if at == 0 else None
-                    axis.bar(
-                        at + 0.16 * (place - 2), largest.end_to_end[i], 0.15, color=f"C{place}", label=name
-                    )
-        axis.set(title=f"{generated} generated tokens", yscale="log", ylabel="tokens / s, largest batch")
-        axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
-        if axis.patches:
-            axis.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+def places(results: Results, planned: Collection[str]) -> tuple[list[int], list[int]]:
+    """Gives the lengths and the batches of steps, measured or not."""
+    everything = Results({}, [], dict.fromkeys([*planned, *results.cells]))
+    lengths, batches, _ = zip(*everything.keys("decode"), strict=True)
+    return sorted(set(lengths)), sorted(set(batches))
 
 
-def draw(found: list[Row], out: Path) -> None:
-    """Draws two pictures, where matplotlib is installed."""
+def draw(results: Results, planned: Collection[str], found: list[Row], out: Path) -> list[Path]:
+    """Draws steps, and what is generated end to end, where matplotlib is installed; a panel a length."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no pictures: pip install matplotlib; --report draws them later, also elsewhere")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        return []
+    lengths, batches = places(results, planned)
+    note = f"{results.environment['device']}; hollow: computed from fewer layers; gaps: not measured"
+    pictures = {
+        "decode": {"decode steps": lambda r: r.rate},
+        "end_to_end": {
+            f"a prompt and {count} generated tokens": lambda r, i=i: r.end_to_end[i]
+            for i, count in enumerate(GENERATED)
+        },
+    }
+    paths = []
+    for name, rates in pictures.items():
+        size = 4.5 * len(lengths), 0.5 + 3.8 * len(rates)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(note)
+        lines = figure.subfigures(len(rates), 1, squeeze=False)[:, 0]
+        for line, (title, rate) in zip(lines, rates.items(), strict=True):
+            line.suptitle(title)
+            for axis, length in zip(line.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+                panel(axis, found, length, batches, rate)
+        paths.append(out.with_name(f"{out.name}_{name}.png"))
+        figure.savefig(paths[-1], dpi=110)
+    return paths
 
-    draw_decode(pyplot, found, out.with_name(out.name + "_decode.png"))
-    draw_end_to_end(pyplot, found, out.with_name(out.name + "_end_to_end.png"))
 
+def write_report(results: Results, planned: Collection[str], out: Path) -> Table:
+    """Writes OUT.md and, where there are steps, two pictures; returns the table for the console.
 
-def write_report(results: Results, out: Path) -> Table:
-    """Writes OUT.md and, where there are steps, two pictures; returns the table for the console."""
+    `planned` names the cells that there should be.
+    """
     found = rows(results)
-    lines = list(texts(found))
-    out.with_name(out.name + ".md").write_text(markdown(results, lines))
-    if any(r.step is not None for r in found):
-        draw(found, out)
+    pictures = draw(results, planned, found, out) if any(r.step is not None for r in found) else []
+    write_text(out.with_name(out.name + ".md"), markdown(results, planned, found, pictures))
     table = Table(title=f"{results.environment['device']}; {out.name}.md says how columns are made")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("decoder", "how") else "right")
-    for line in lines:
+    for line in texts(found):
         table.add_row(*line)
     return table

@@ -32,6 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from results import write_text
 from rich.console import Console
 from rich.table import Table
 from shapes import Case, build_model, filled_cache, llama_config, rewind
@@ -230,8 +231,7 @@ def main() -> int:
             "inspections": [asdict(one) for one in inspections],
             "off": {side: [asdict(one) for one in runs] for side, runs in sides.items()},
         }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(arguments.out, json.dumps(result, indent=1) + "\n")
     return int(not kept)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from clsa_compile.ir.files import write_text
 from clsa_compile.ir.references import index_scores_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, Score
 from clsa_compile.kernels.catalog import VARIANTS
@@ -462,7 +463,7 @@ def main() -> int:
             **asdict(chip),
         }
         text = {"machine": machine, "results": [asdict(r) for r in results]}
-        options.out.write_text(json.dumps(text, indent=1) + "\n")
+        write_text(options.out, json.dumps(text, indent=1) + "\n")
     if options.plot:
         from roofline import draw
 

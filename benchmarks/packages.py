@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_text
 
 CHILD = Path(__file__).resolve()
 PROMPT, STEPS, REPEATS = 128, 20, 5
@@ -318,8 +319,7 @@ RESULTS: dict[str, Any] = {}
 def save(options: argparse.Namespace) -> None:
     """Writes what was found so far."""
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(RESULTS, indent=1))
+        write_text(options.out, json.dumps(RESULTS, indent=1) + "\n")
 
 
 def main() -> None:

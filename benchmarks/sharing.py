@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_text
 from rich.console import Console
 from smollm2 import load
 from texts import Slice, calibration, evaluation, tokens
@@ -118,10 +119,9 @@ def write(rows: list[Row], arguments: argparse.Namespace, seconds: float) -> Non
         "torch": torch.__version__,
         "seconds": round(seconds),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     content = {**about, "rows": [asdict(row) for row in rows]}
-    (arguments.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    (arguments.out / f"{name}.md").write_text(markdown(rows))
+    write_text(arguments.out / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_text(arguments.out / f"{name}.md", markdown(rows))
 
 
 def markdown(rows: list[Row]) -> str:

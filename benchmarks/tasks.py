@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import write_text
 from rich.console import Console
 from smollm2 import load
 
@@ -73,8 +74,8 @@ def main() -> int:
         "torch": torch.__version__,
         "seconds": round(time.monotonic() - begin),
     }
-    (arguments.out / "tasks.json").write_text(json.dumps({**about, **report.to_dict()}, indent=1) + "\n")
-    (arguments.out / "tasks.md").write_text(markdown(report))
+    write_text(arguments.out / "tasks.json", json.dumps({**about, **report.to_dict()}, indent=1) + "\n")
+    write_text(arguments.out / "tasks.md", markdown(report))
     report.to_html(arguments.out / "tasks.html")
     console.print(report.headline(), markup=False)
     console.print(markdown(report), markup=False)

@@ -170,6 +170,7 @@ def test_every_cell_is_measured_once_and_saved_at_once(
     assert headline.main([*out, "--report"]) == 0
     text = (tmp_path / "sub/h.md").read_text()
     assert text.count("| clsa |") == 4
+    assert "44 of 44 cells are measured" in text
     assert "compiled against eager: equal" in text
     for name in ("h_decode.png", "h_end_to_end.png"):
         assert (tmp_path / "sub" / name).stat().st_size > 10_000
@@ -183,6 +184,9 @@ def test_only_and_minutes_leave_cells_for_later(measured: list[Cell], tmp_path: 
     assert len(measured) == 10
     assert headline.main([*out, "--only", "prefill/512", "--again"]) == 0
     assert len(measured) == 15
+    text = (tmp_path / "h.md").read_text()
+    assert "10 of 44 cells are measured" in text
+    assert "![tokens a second: h decode](h_decode.png)" in text
 
 
 def test_processes_measure_what_one_does(tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_memory_is_that_of_the_layers_that_fit(monkeypatch: pytest.MonkeyPatch) 
 def test_without_matplotlib_there_is_a_table(
     measured: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "h"), "--only", "decode/256/2"]
     assert headline.main(out) == 0
     assert "no pictures: pip install matplotlib" in capsys.readouterr().out
@@ -276,6 +280,53 @@ def test_steps_are_interpolated_and_extrapolated() -> None:
     points = [(10, 1.0), (20, 2.0), (40, 6.0)]
     assert [headline_report.step_at(points, at) for at in (10, 15, 30, 50)] == [1.0, 1.5, 4.0, 8.0]
     assert headline_report.step_at(points[:1], 99) == 1.0
+
+
+@pytest.fixture
+def rows_of_two() -> list[headline_report.Row]:
+    """CLSA at batches 8 and 16, the Transformer at 8; a prompt 10 times as fast, a step 8 times."""
+    figures = [("transformer", 8, 1e3, 80.0, (50.0, 60.0)), ("clsa", 8, 1e4, 10.0, (450.0, 510.0))]
+    figures += [("clsa", 16, 1e4, 10.0, (500.0, 900.0))]
+    cell = {"computed_from": None, "cache_bytes": 2**36}
+    return [
+        headline_report.Row(131072, batch, name, prefill, step, None, None, ends, cell)
+        for name, batch, prefill, step, ends in figures
+    ]
+
+
+def test_the_ratio_end_to_end_is_told_beside_the_papers(rows_of_two: list[headline_report.Row]) -> None:
+    first, second, _ = headline_report.beside_paper(rows_of_two)
+    assert "a prompt of CLSA is 10.0x as fast as the Transformer's, a step of 8 sequences" in first
+    assert "8.0x, and so end to end 9.00x with 1024 generated and 8.50x with 8192 generated" in first
+    assert "prompts are 20.4x as fast, steps 7.6x, end to end 17.1x" in first
+    assert "10.00x with 1024 generated and 15.00x with 8192" in second
+    assert "With 16 sequences of CLSA to 8 of the Transformer, whose cache then takes 64 GiB" in second
+
+
+@pytest.mark.parametrize("missing", ["transformer", "clsa"])
+def test_nothing_is_told_beside_the_paper_where_a_decoder_is_missing(
+    rows_of_two: list[headline_report.Row], missing: str
+) -> None:
+    assert not [*headline_report.beside_paper([r for r in rows_of_two if r.variant != missing])]
+
+
+def test_cells_that_are_missing_are_gaps_in_the_pictures(rows_of_two: list[headline_report.Row]) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    full, empty = figure.subplots(1, 2)
+    for axis, length in ((full, 131072), (empty, 8192)):
+        headline_report.panel(axis, rows_of_two, length, [4, 8, 12, 16], lambda r: r.rate)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in full.lines}
+    assert drawn["clsa: 2 of 4"] == pytest.approx([float("nan"), 800, float("nan"), 1600], nan_ok=True)
+    assert set(drawn) >= {"transformer: 1 of 4", "yoco: 0 of 4"}
+    assert [label.get_text() for label in full.get_xticklabels()] == ["4", "8", "12", "16"]
+    assert [text.get_text() for text in empty.texts] == ["not measured"]
+    assert not empty.lines
+
+
+def test_pictures_have_room_for_cells_that_nobody_measured() -> None:
+    found = results(decode_1000_12_yoco=2.0)
+    planned = ["decode/8192/1/clsa", "decode/1000/4/yoco", "prefill/9/1/yoco"]
+    assert headline_report.places(found, planned) == ([1000, 8192], [1, 4, 12])
 
 
 # -- the real thing ------------------------------------------------------------------------------
