@@ -68,7 +68,7 @@ class _Rewriter:
         self._bounds: dict[Any, Node] = {}
         self._replaced: dict[Node, Node] = {}
         self._pools = pools
-        self._mass: dict[int, list[Node]] = {i: [] for i in range(len(pools))}
+        self._mass: dict[int, Node] = {}
         self._chosen: dict[int, tuple[Node, MaskSpec]] = {}
 
     def offer(self, indexer: IndexerSite | None, full: IndexerSite | None, pool: int) -> None:
@@ -176,8 +176,11 @@ class _Rewriter:
                 whole = len(table) == len(weight)
                 parts[table] = mass if whole else emit.call(aten.slice.Tensor, mass, 1, start, end)
                 start = end
+            # Added up as it comes: a pool holds one sum until its own anchor, however many come before that.
             for i in fed:
-                self._mass[i].append(parts[self._pools[i].sources[site.ordinal]])
+                part = parts[self._pools[i].sources[site.ordinal]]
+                total = self._mass.get(i)
+                self._mass[i] = part if total is None else emit.call(aten.add.Tensor, total, part)
         return result
 
     def _select(self, emit: Emitter, site: AttentionSite, qk: tuple[Node, Node]) -> None:
@@ -186,12 +189,8 @@ class _Rewriter:
         bounds = self._mask(emit, site.mask, *qk)[1] if made else None
         for i in made:
             pool = self._pools[i]
-            total, *others = self._mass[i]
-            for other in others:
-                total = emit.call(aten.add.Tensor, total, other)
-            indices = emit.call(
-                torch.ops.clsa.select_topk.default, total, bounds, pool.topk, pool.keep_first, pool.keep_last
-            )
+            total, ends = self._mass.pop(i), (pool.keep_first, pool.keep_last)
+            indices = emit.call(torch.ops.clsa.select_topk.default, total, bounds, pool.topk, *ends)
             self._chosen[i] = indices, site.mask
 
     def _sets(self, emit: Emitter, site: AttentionSite, i: int) -> tuple[Node, MaskSpec]:

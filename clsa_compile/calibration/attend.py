@@ -1,6 +1,9 @@
 """Attention a few rows at a time, in torch: what contract ops compute, without a T x T tensor a head.
 
-It runs on every device, has gradients, and lets a caller see the probabilities of any rows.
+It runs on every device, has gradients, and lets a caller see the probabilities of any rows. Selections are
+positions, as those of contract ops, and become masks a few rows at a time. Mass is held whole up to `HELD`
+elements, of which three are there at once where anchors are added up; above that a selection computes it
+again, a few rows at a time, from the queries and keys of all its anchors.
 """
 
 from __future__ import annotations
@@ -8,32 +11,39 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, reduce
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from clsa_compile.ir.masks import index_grid, parse_predicate, predicate_to_torch
-from clsa_compile.ir.references import index_scores_reference
+from clsa_compile.ir.references import index_scores_reference, selected
 from clsa_compile.ir.scores import Score
 
 __all__ = [
+    "AllBelow",
+    "Chosen",
     "Masks",
+    "Mass",
     "Operands",
-    "all_below",
+    "Readable",
+    "Tokens",
     "best",
     "dense",
     "index_scores",
     "indexed",
     "massed",
-    "readable",
+    "positions",
+    "selection",
     "sparse",
 ]
 
 # Elements of the scores of one block of rows, over all heads.
 BLOCK = 1 << 23
+# Elements of the mass of one layer, over all sets of tokens that it is for, up to which it is held whole.
+HELD = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,28 +173,169 @@ def dense(call: Operands) -> Tensor:
     return _laid_out(torch.cat(parts, 2))
 
 
-def massed(
-    call: Operands, weight: Tensor, power: float, chosen: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns attention and the mass fp32 [B, N, S, T] of weight [N, H], -inf where none may read.
+class Tokens(Protocol):
+    """The tokens that each row reads, in one set for all heads or one a kv head."""
 
-    The boolean mask `chosen` [B, 1, S, T] has the only tokens that may be read, where it is given.
+    @property
+    def sets(self) -> int:
+        """1, or the number of kv heads."""
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Returns those of some rows [n], as a boolean mask [B, sets, n, T]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens by position: int32 [B, sets, S, K], -1 where there are no more; `keys` is T."""
+
+    indices: Tensor
+    keys: int
+
+    @property
+    def sets(self) -> int:
+        """See `Tokens`."""
+        return self.indices.shape[1]
+
+    def of(self, rows: Tensor) -> Tensor:
+        """See `Tokens`."""
+        # Kernels want masks whose rows are aligned.
+        return selected(self.indices[:, :, rows], self.keys).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """All tokens that an index may select; `call` has the index's mask, and its queries and keys."""
+
+    call: Operands
+
+    @property
+    def sets(self) -> int:
+        """See `Tokens`."""
+        return 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """See `Tokens`."""
+        b, keys = self.call.q.shape[0], self.call.k.shape[2]
+        none = torch.zeros((b, 1, len(rows), keys), device=self.call.q.device)
+        return _masked(self.call, none, rows, keys) > -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class AllBelow:
+    """Chosen tokens, but all of them for rows whose readable ones lie within `dense_below` positions."""
+
+    chosen: Tokens
+    call: Operands
+    dense_below: int
+
+    @property
+    def sets(self) -> int:
+        """See `Tokens`."""
+        return self.chosen.sets
+
+    def of(self, rows: Tensor) -> Tensor:
+        """See `Tokens`."""
+        keys = self.call.k.shape[2]
+        allowed = self.call.allowed(rows, keys)
+        if allowed is None:
+            allowed = torch.ones((1, 1, len(rows), keys), dtype=torch.bool, device=rows.device)
+        start, stop = _reach(allowed.any(1))
+        return self.chosen.of(rows) | (stop - start <= self.dense_below)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the mass of one layer is made of. weight [N, H]; `among` the only tokens that it may read."""
+
+    call: Operands
+    weight: Tensor
+    power: float
+    among: Tokens | None
+
+    def probabilities(self, rows: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Returns those [B, H, n, end] of some rows, and which keys [B, 1, n, end] no head may read."""
+        scores = self.call.scores(rows, end)
+        if self.among is not None:
+            scores = scores.masked_fill_(~self.among.of(rows)[..., :end], -math.inf)
+        unread = (scores == -math.inf).all(1, keepdim=True)
+        return self.call.softmax(scores, picked=self.among is not None), unread
+
+    def mass(self, probabilities: Tensor, unread: Tensor) -> Tensor:
+        """Returns the mass [B, N, n, end]; `probabilities` are of no use afterwards."""
+        b, h, n, end = probabilities.shape
+        # Square roots in place: the usual power.
+        seen = probabilities.sqrt_() if self.power == 0.5 else probabilities**self.power
+        pooled = (self.weight.to(seen) @ seen.reshape(b, h, -1)).view(b, -1, n, end)
+        return pooled.masked_fill(unread, -math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Mass:
+    """Mass fp32 [B, N, S, T], summed over layers, -inf where none may read.
+
+    held: all of it, where it is small for all of the layers; otherwise `blocks` computes it again.
     """
-    b, h, s, _ = call.q.shape
-    mass = call.q.new_full((b, weight.shape[0], s, call.k.shape[2]), -math.inf, dtype=torch.float32)
+
+    sources: tuple[_Source, ...]
+    held: Tensor | None
+
+    def __add__(self, other: Mass) -> Mass:
+        whole = None if self.held is None or other.held is None else self.held + other.held
+        return Mass(self.sources + other.sources, whole)
+
+    def sets(self, start: int, end: int) -> Mass:
+        """Returns the mass of some of the N sets."""
+        sources = tuple(replace(source, weight=source.weight[start:end]) for source in self.sources)
+        return Mass(sources, None if self.held is None else self.held[:, start:end])
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Yields blocks [B, N, n, T] of rows, from the first to the last."""
+        first = self.sources[0].call
+        keys, causal = first.k.shape[2], all(source.call.causal for source in self.sources)
+        for rows, end in first.blocks():
+            if self.held is not None:
+                yield self.held[:, :, rows]
+                continue
+            end = end if causal else keys
+            # One after the other, as sums of what is held.
+            parts = (source.mass(*source.probabilities(rows, end)) for source in self.sources)
+            total = reduce(torch.add, parts)
+            yield torch.nn.functional.pad(total, (0, keys - end), value=-math.inf)
+
+
+def massed(call: Operands, weight: Tensor, power: float, among: Tokens | None = None) -> tuple[Tensor, Mass]:
+    """Returns attention and the mass of weight [N, H]; `among` are the only tokens that may be read."""
+    b, _, s, _ = call.q.shape
+    keys, sets = call.k.shape[2], weight.shape[0]
+    # Mass needs no values: what is kept until tokens are chosen is less without.
+    source = _Source(replace(call, v=call.k), weight, power, among)
+    held = None
+    if b * sets * s * keys <= HELD:
+        held = call.q.new_full((b, sets, s, keys), -math.inf, dtype=torch.float32)
     parts = []
     for rows, end in call.blocks():
-        scores = call.scores(rows, end)
-        if chosen is not None:
-            scores = scores.masked_fill_(~chosen[:, :, rows, :end], -math.inf)
-        unread = (scores == -math.inf).all(1, keepdim=True)
-        probabilities = call.softmax(scores, picked=chosen is not None)
+        probabilities, unread = source.probabilities(rows, end)
         parts.append(call.weigh(probabilities))
-        # Square roots in place: the usual power, and the values have been weighed already.
-        seen = probabilities.sqrt_() if power == 0.5 else probabilities**power
-        pooled = (weight.to(seen) @ seen.reshape(b, h, -1)).view(b, -1, len(rows), end)
-        mass[:, :, rows, :end] = pooled.masked_fill(unread, -math.inf)
-    return _laid_out(torch.cat(parts, 2)), mass
+        if held is not None:
+            held[:, :, rows, :end] = source.mass(probabilities, unread)
+    return _laid_out(torch.cat(parts, 2)), Mass((source,), held)
+
+
+def selection(mass: Mass, topk: int, keep_first: int, keep_last: int) -> Tensor:
+    """Returns int32 [B, N, S, min(topk, T)]: the tokens that `clsa::select_topk` names."""
+    blocks = (best(block, topk, keep_first, keep_last) for block in mass.blocks())
+    return torch.cat([positions(block, topk) for block in blocks], 2)
+
+
+def positions(chosen: Tensor, most: int) -> Tensor:
+    """Returns int32 [..., min(most, T)] of a mask [..., T] with no more tokens: ascending, then -1."""
+    keys = chosen.shape[-1]
+    count = min(most, keys)
+    # One slot more than there are tokens takes what is not chosen.
+    slots = torch.where(chosen, chosen.cumsum(-1) - 1, count)
+    found = torch.full((*chosen.shape[:-1], count + 1), -1, dtype=torch.int32, device=chosen.device)
+    tokens = torch.arange(keys, dtype=torch.int32, device=chosen.device).expand(chosen.shape)
+    return found.scatter_(-1, slots, tokens)[..., :count].contiguous()
 
 
 def best(mass: Tensor, topk: int, keep_first: int, keep_last: int) -> Tensor:
@@ -208,18 +359,6 @@ def best(mass: Tensor, topk: int, keep_first: int, keep_last: int) -> Tensor:
     return chosen
 
 
-def all_below(call: Operands, chosen: Tensor, dense_below: int) -> Tensor:
-    """Returns the mask with all keys in rows whose readable ones lie within `dense_below` positions."""
-    whole = chosen.clone()
-    for rows, end in call.blocks():
-        allowed = call.allowed(rows, end)
-        if allowed is None:
-            allowed = torch.ones((1, 1, len(rows), end), dtype=torch.bool, device=chosen.device)
-        start, stop = _reach(allowed.any(1))
-        whole[:, :, rows] |= (stop - start <= dense_below)[:, None]
-    return whole
-
-
 def ends(readable: Tensor, keep_first: int, keep_last: int) -> Tensor:
     """Returns which of the readable tokens [..., T] are always selected: those at both ends."""
     positions = torch.arange(readable.shape[-1], device=readable.device)
@@ -236,13 +375,13 @@ def _reach(readable: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def indexed(call: Operands, weight: Tensor | None, lse: Tensor | None, score: Score, topk: int) -> Tensor:
-    """Returns the boolean mask [B, 1, S, T] of the tokens that `clsa::index_topk` names; k is q's keys."""
-    b, _, s, _ = call.q.shape
-    chosen = torch.zeros((b, 1, s, call.k.shape[2]), dtype=torch.bool, device=call.q.device)
+    """Returns int32 [B, 1, S, min(topk, T)]: the tokens that `clsa::index_topk` names; k is q's keys."""
+    count = min(topk, call.k.shape[2])
+    parts = []
     for rows, end in call.blocks():
-        scores = index_scores(call, weight, lse, score, rows, end)
-        chosen[:, :, rows, :end] = best(scores, topk, 0, 0)
-    return chosen
+        found = positions(best(index_scores(call, weight, lse, score, rows, end), topk, 0, 0), count)
+        parts.append(torch.nn.functional.pad(found, (0, count - found.shape[-1]), value=-1))
+    return torch.cat(parts, 2)
 
 
 def index_scores(
@@ -255,16 +394,6 @@ def index_scores(
     return _masked(call, scores, rows, end)
 
 
-def readable(call: Operands) -> Tensor:
-    """Returns the boolean mask [B, 1, S, T] of the tokens that an index may select; k is q's keys."""
-    b, _, s, _ = call.q.shape
-    found = torch.zeros((b, 1, s, call.k.shape[2]), dtype=torch.bool, device=call.q.device)
-    for rows, end in call.blocks(1):
-        open_ = torch.zeros((b, 1, len(rows), end), device=call.q.device)
-        found[:, :, rows, :end] = _masked(call, open_, rows, end) > -math.inf
-    return found
-
-
 def _masked(call: Operands, scores: Tensor, rows: Tensor, end: int) -> Tensor:
     """Returns the scores [B, 1, n, end] of an index with the bias of its mask, -inf where it forbids."""
     if call.mask is not None and call.mask.dtype != torch.bool:
@@ -275,14 +404,13 @@ def _masked(call: Operands, scores: Tensor, rows: Tensor, end: int) -> Tensor:
     return scores if allowed is None else scores.masked_fill(~allowed, -math.inf)
 
 
-def sparse(call: Operands, chosen: Tensor) -> Tensor:
-    """Returns attention [B, H, S, Dv] over the tokens of the boolean mask [B, 1|Hkv, S, T]."""
+def sparse(call: Operands, chosen: Tokens) -> Tensor:
+    """Returns attention [B, H, S, Dv] over chosen tokens."""
     keys = call.k.shape[2]
-    heads = call.q.shape[1]
-    whole = chosen if chosen.shape[1] == 1 else chosen.repeat_interleave(heads // chosen.shape[1], 1)
+    heads = 1 if chosen.sets == 1 else call.q.shape[1]
     parts = []
-    for rows, _ in call.blocks(whole.shape[1] if call.plain else None):
-        picked = whole[:, :, rows]
+    for rows, _ in call.blocks(heads if call.plain else None):
+        picked = chosen.of(rows).repeat_interleave(heads // chosen.sets, 1)
         allowed = call.allowed(rows, keys)
         picked = picked if allowed is None else picked & allowed
         if call.plain and bool(picked.any(-1).all()):
@@ -294,13 +422,17 @@ def sparse(call: Operands, chosen: Tensor) -> Tensor:
 
 
 def _fused(call: Operands, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
+    groups, width = q.shape[1] // k.shape[1], v.shape[-1]
+    # Where there is no kernel, torch keeps all probabilities: on CUDA for grouped heads in float32, on others
+    # for values that are not as wide as keys.
     if groups > 1 and q.is_cuda:
-        # On CUDA grouped heads in float32 have no kernel but the one that keeps all probabilities.
         k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    elif not q.is_cuda:
+        most = max(k.shape[-1], width)
+        q, k, v = (torch.nn.functional.pad(x, (0, most - x.shape[-1])) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=call.scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    )[..., :width]
 
 
 def _rows_of(mask: Tensor, rows: Tensor, end: int) -> Tensor:

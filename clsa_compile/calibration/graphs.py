@@ -36,13 +36,18 @@ aten = torch.ops.aten
 
 # Sees an attention of a run: its layer (counted among those that may share), what it read, its output, and
 # the tokens it attended to where those were chosen. What it returns goes on in place of the output.
-Tap = Callable[[int, attend.Operands, Tensor, Tensor | None], Tensor]
+Tap = Callable[[int, attend.Operands, Tensor, attend.Tokens | None], Tensor]
 
 # Sees an index of the model's own: its operands, of which k is its keys, its weight of heads, its score.
 IndexTap = Callable[[attend.Operands, Tensor | None, Score], None]
 
 # What is asked of dense layers, or of those with indexers.
 Change = Request | Sharing
+# What graphs do with mass on its way to a selection.
+_OF_MASS = {
+    aten.add.Tensor: attend.Mass.__add__,
+    aten.slice.Tensor: lambda mass, _, start, end: mass.sets(start, end),
+}
 # Arguments of an `attention_mass` that may read some tokens only.
 _WITH_INDICES = 13
 # Where a `sparse_attention` says up to how many tokens it is dense, counted from its mask.
@@ -285,6 +290,8 @@ class _Run(Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch._C._set_grad_enabled:
             return None  # the caller has decided
+        if args and isinstance(args[0], attend.Mass):
+            target = _OF_MASS.get(target, target)
         op = contract_op(target)
         return super().call_function(target, args, kwargs) if op is None else getattr(self, f"_{op}")(*args)
 
@@ -297,34 +304,37 @@ class _Run(Interpreter):
 
     def _attention_mass(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *args: Any) -> Any:
         call = self._masks.operands((q, k, v, *args))
-        power, chosen = args[7], args[8] if len(args) > 8 else None
-        out, mass = attend.massed(call, weight, power, chosen)
-        return self._seen(call, out, chosen), mass
+        power, among = args[7], attend.Chosen(args[8], k.shape[2]) if len(args) > 8 else None
+        out, mass = attend.massed(call, weight, power, among)
+        return self._seen(call, out, among), mass
 
-    def _select_topk(self, mass: Tensor, _: Any, topk: int, keep_first: int, keep_last: int) -> Tensor:
-        # A mask in place of indices: slices and concatenations of sets mean the same on both.
-        return attend.best(mass, topk, keep_first, keep_last)
+    def _select_topk(self, mass: attend.Mass, _: Any, topk: int, keep_first: int, keep_last: int) -> Tensor:
+        return attend.selection(mass, topk, keep_first, keep_last)
 
-    def _sparse_attention(self, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *args: Any) -> Tensor:
+    def _sparse_attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Any, *args: Any) -> Tensor:
         call = self._masks.operands((q, k, v, *args))
+        chosen: attend.Tokens
+        chosen = attend.Chosen(tokens, k.shape[2]) if isinstance(tokens, Tensor) else tokens
         if len(args) > _WITH_DENSE_BELOW:
-            chosen = attend.all_below(call, chosen, args[_WITH_DENSE_BELOW])
+            chosen = attend.AllBelow(chosen, call, args[_WITH_DENSE_BELOW])
         return self._seen(call, attend.sparse(call, chosen), chosen)
 
-    def _index_topk(self, q: Tensor, k: Tensor, weight: Any, lse: Any, *args: Any) -> Tensor:
+    def _index_topk(
+        self, q: Tensor, k: Tensor, weight: Any, lse: Any, *args: Any
+    ) -> Tensor | attend.Readable:
         mask, _, inputs, topk, scale, score, predicate = args[:7]
         call = self._masks.operands((q, k, k, mask, None, inputs, None, scale, 0.0, predicate))
         read = parse_score(score)
         if self._index_tap is not None:
             self._index_tap(call, weight, read)
-            return attend.readable(call)  # an index may say alone what that is
+            return attend.Readable(call)  # an index may say alone what that is
         with torch.no_grad():
             return attend.indexed(call, weight, lse, read, topk)
 
     def _mask_bounds(self, *_: Any) -> None:
         return None  # a hint that rows do not need
 
-    def _seen(self, call: attend.Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+    def _seen(self, call: attend.Operands, out: Tensor, chosen: attend.Tokens | None) -> Tensor:
         number = next(self._layers)
         return out if number is None or self._tap is None else self._tap(number, call, out, chosen)
 

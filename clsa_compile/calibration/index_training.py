@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from clsa_compile.calibration.attend import Operands
+from clsa_compile.calibration.attend import Operands, Tokens
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Probe, Probed
 from clsa_compile.calibration.records import Taps
@@ -61,7 +61,7 @@ class _Seen:
     anchors: dict[int, Tensor] = field(default_factory=dict)
     taps: Taps = field(default_factory=Taps)
 
-    def attention(self, layer: int, call: Operands, out: Tensor, _: Tensor | None) -> Tensor:
+    def attention(self, layer: int, call: Operands, out: Tensor, _: Tokens | None) -> Tensor:
         """Adds a layer's attention to its group's, and keeps what its first layer's key heads look at."""
         self._mask(layer, call)
         i, pool = self._of(layer)
@@ -73,7 +73,7 @@ class _Seen:
                 self.anchors[i] = probabilities.view(call.k.shape[1], -1, *seen.shape).sum(1)
         return out
 
-    def worth(self, layer: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+    def worth(self, layer: int, call: Operands, out: Tensor, chosen: Tokens | None) -> Tensor:
         """Keeps a layer until the gradient of its output is known."""
         self._mask(layer, call)
         return self.taps.tap(layer, call, out, chosen)

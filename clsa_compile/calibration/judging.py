@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsa_compile.calibration.attend import Operands, best
+from clsa_compile.calibration.attend import Operands, Tokens, best
 from clsa_compile.calibration.fingerprint import sequence_hash
 from clsa_compile.calibration.given import Model, Planned, asked, sequences
 from clsa_compile.calibration.graphs import Change, Graph
@@ -123,10 +123,10 @@ class Judge:
         rows = self._rows(number)
         masses = []
 
-        def tap(_: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+        def tap(_: int, call: Operands, out: Tensor, chosen: Tokens | None) -> Tensor:
             scores = call.scores(rows, call.k.shape[2])
             if chosen is not None:
-                scores = scores.masked_fill(~chosen[:, :, rows], -torch.inf)
+                scores = scores.masked_fill(~chosen.of(rows), -torch.inf)
             mass = call.softmax(scores, picked=chosen is not None)[0].mean(0)
             masses.append(torch.where((scores[0] > -torch.inf).any(0), mass, -torch.inf))
             return out
@@ -150,16 +150,16 @@ class Judge:
         against_itself = self._model.topk and self._weights is None
         own = {m for pool in self._model.pools(change) for m in pool.members} if against_itself else None
 
-        def tap(layer: int, call: Operands, out: Tensor, chosen: Tensor | None) -> Tensor:
+        def tap(layer: int, call: Operands, out: Tensor, chosen: Tokens | None) -> Tensor:
             if chosen is None or (own is not None and layer not in own):
                 return out
             if own is not None:
                 # What it would have looked at, had it selected by itself.
                 mass = self._dense[number]["masses"][layer].float().clamp(min=0).to(out.device)
-                kept[str(layer)] = float((mass * chosen[0, 0, rows]).sum(-1).mean())
+                kept[str(layer)] = float((mass * chosen.of(rows)[0, 0]).sum(-1).mean())
             else:
                 probabilities = call.probabilities(rows, call.k.shape[2])[0]
-                picked = chosen[0][:, rows]
+                picked = chosen.of(rows)[0]
                 picked = picked.repeat_interleave(len(probabilities) // len(picked), 0)
                 kept[str(layer)] = float((probabilities * picked).sum(-1).mean())
             return out

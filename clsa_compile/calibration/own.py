@@ -76,13 +76,13 @@ class _Seen:
     targets: dict[int, Tensor] = field(default_factory=dict)
     scores: list[Tensor] = field(default_factory=list)
 
-    def tap(self, layer: int, call: attend.Operands, out: Tensor, readable: Tensor | None) -> Tensor:
+    def tap(self, layer: int, call: attend.Operands, out: Tensor, readable: attend.Tokens | None) -> Tensor:
         """Adds a layer's dense attention to its owner's."""
         assert readable is not None
         owner = self.owners[layer]
         with torch.no_grad():
             scores = call.scores(self.rows, call.k.shape[2])
-            scores = scores.masked_fill(~readable[:, :, self.rows], -torch.inf)
+            scores = scores.masked_fill(~readable.of(self.rows), -torch.inf)
             seen = call.softmax(scores, picked=True)[0].mean(0) / self.members[owner]
         self.targets[owner] = self.targets[owner] + seen if owner in self.targets else seen
         return out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsa_compile.calibration.attend import Operands
+from clsa_compile.calibration.attend import Operands, Tokens
 from clsa_compile.calibration.fingerprint import sequence_hash
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Graph
@@ -121,7 +121,7 @@ class Taps:
     calls: list[Operands] = field(default_factory=list)
     outs: list[Tensor] = field(default_factory=list)
 
-    def tap(self, _: int, call: Operands, out: Tensor, __: Tensor | None) -> Tensor:
+    def tap(self, _: int, call: Operands, out: Tensor, __: Tokens | None) -> Tensor:
         """Keeps a layer; for `Graph.run` with gradients enabled."""
         # Weights need no gradient: the first output that does is the first layer's.
         out = out if out.requires_grad else out.detach().requires_grad_()

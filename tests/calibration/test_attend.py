@@ -14,10 +14,12 @@ from clsa_compile.calibration import attend
 from clsa_compile.ir.references import (
     attention_mass_reference,
     attention_reference,
+    index_topk_reference,
     select_topk_reference,
     selected,
     sparse_attention_reference,
 )
+from clsa_compile.ir.scores import parse_score
 
 B, H, HKV, S, D = 2, 4, 2, 20, 8
 PACKED = torch.tensor([[0] * 12 + [1] * 8] * B)
@@ -77,24 +79,69 @@ def test_dense_is_the_contract_op(args: list[Any]) -> None:
     near(attend.dense(attend.Masks().operands(args)), attention_reference(*args)[0])
 
 
+def whole(mass: attend.Mass) -> Tensor:
+    return torch.cat(list(mass.blocks()), 2)
+
+
+@pytest.fixture(params=["held", "computed again"], name="held")
+def _held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param != "held":
+        monkeypatch.setattr(attend, "HELD", 0)
+    return request.param == "held"
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0, 0.7])
-def test_mass_is_the_contract_ops(args: list[Any], power: float) -> None:
+def test_mass_is_the_contract_ops(args: list[Any], power: float, held: bool) -> None:
     weight = torch.rand(3, H, generator=torch.Generator().manual_seed(2))
     out, mass = attend.massed(attend.Masks().operands(args), weight, power)
     expected, expected_mass = attention_mass_reference(*args[:3], weight, *args[3:], power)
     near(out, expected)
-    near(mass, expected_mass)
+    near(whole(mass), expected_mass)
+    assert (mass.held is not None) is held
 
 
-def test_mass_of_some_tokens_is_the_contract_ops(args: list[Any]) -> None:
+def test_mass_of_some_tokens_is_the_contract_ops(args: list[Any], held: bool) -> None:
     weight = torch.rand(2, H, generator=torch.Generator().manual_seed(4))
     mass = attention_mass_reference(*args[:3], weight[:1], *args[3:], 1.0)[1]
     indices = select_topk_reference(mass, None, 6, 1, 2)
-    chosen = attend.best(mass, 6, 1, 2)
-    out, ours = attend.massed(attend.Masks().operands(args), weight, 0.5, chosen)
+    among = attend.Chosen(indices, mass.shape[-1])
+    out, ours = attend.massed(attend.Masks().operands(args), weight, 0.5, among)
     expected, theirs = attention_mass_reference(*args[:3], weight, *args[3:], 0.5, indices)
     near(out, expected)
-    near(ours, theirs)
+    near(whole(ours), theirs)
+    assert (ours.held is not None) is held
+
+
+def test_sets_of_mass_are_added_up_over_layers_and_chosen_by(args: list[Any], held: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(3, H, generator=generator), torch.rand(2, H, generator=generator)
+    layers = args, [torch.randn(args[0].shape, generator=generator), *args[1:]]
+    masks = attend.Masks()
+    found = [
+        attend.massed(masks.operands(layer), weight, 0.5)[1]
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    total = found[0].sets(1, 3) + found[1]
+    expected = sum(
+        attention_mass_reference(*layer[:3], weight, *layer[3:], 0.5)[1]
+        for layer, weight in zip(layers, (weights[0][1:], weights[1]), strict=True)
+    )
+    near(whole(total), expected)
+    assert (total.held is not None) is held
+    keys = expected.shape[-1]
+    for topk in (6, keys, keys + 4):
+        chosen = attend.selection(total, topk, 1, 2)
+        assert chosen.dtype == torch.int32
+        assert torch.equal(chosen, select_topk_reference(whole(total), None, min(topk, keys), 1, 2))
+
+
+def test_mass_that_is_held_for_some_layers_only_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands, weight = attend.Masks().operands(call()), torch.rand(2, H)
+    small = attend.massed(operands, weight, 0.5)[1]
+    monkeypatch.setattr(attend, "HELD", 0)
+    total = small + attend.massed(operands, weight, 0.5)[1]
+    assert total.held is None
+    near(whole(total), 2 * whole(small))
 
 
 @pytest.mark.parametrize("sets", [1, HKV])
@@ -104,8 +151,33 @@ def test_sparse_is_the_contract_op(args: list[Any], sets: int) -> None:
     indices = select_topk_reference(mass, None, 6, 1, 2)
     chosen = attend.best(mass, 6, 1, 2)
     assert torch.equal(chosen, selected(indices, mass.shape[-1]))
-    ours = attend.sparse(attend.Masks().operands(args), chosen)
+    ours = attend.sparse(attend.Masks().operands(args), attend.Chosen(indices, mass.shape[-1]))
     near(ours, sparse_attention_reference(*args[:3], indices, *args[3:]))
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", "window", "open"])
+def test_rows_of_few_tokens_read_all_of_them(name: str) -> None:
+    args = call(**CASES[name])
+    mass = attention_mass_reference(*args[:3], torch.ones(1, H), *args[3:], 1.0)[1]
+    indices = select_topk_reference(mass, None, 3, 0, 0)
+    operands = attend.Masks().operands(args)
+    ours = attend.sparse(operands, attend.AllBelow(attend.Chosen(indices, S), operands, 6))
+    near(ours, sparse_attention_reference(*args[:3], indices, *args[3:], None, 6))
+
+
+@pytest.mark.parametrize("text", ["sum: weight*Max(0, dot)", "sum: exp(dot + weight)"])
+def test_an_index_chooses_what_the_contract_op_does(args: list[Any], text: str) -> None:
+    q, k, _, mask, bounds, inputs, _, scale, _, predicate = args
+    k, weight = k[:, :1], torch.rand(B, H, S, generator=torch.Generator().manual_seed(6))
+    operands = attend.Masks().operands((q, k, k, mask, None, inputs, None, scale, 0.0, predicate))
+    for topk in (5, k.shape[2]):
+        ours = attend.indexed(operands, weight, None, parse_score(text), topk)
+        theirs = index_topk_reference(
+            q, k, weight, None, mask, bounds, inputs, topk, scale, text, predicate, False
+        )
+        assert torch.equal(ours, theirs)
+    readable = attend.Readable(operands).of(torch.arange(3, 9))
+    assert torch.equal(readable, selected(theirs, k.shape[2])[:, :, 3:9]), "all that may be selected"
 
 
 @pytest.mark.parametrize("name", ["causal", "packed", "softcap", "sinks"])
@@ -148,7 +220,9 @@ def test_a_mask_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ties_go_to_the_first_token(topk: int, ends: tuple[int, int], values: list[float]) -> None:
     mass = torch.tensor(values).view(1, 1, 1, 12)
     indices = select_topk_reference(mass, None, topk, *ends)
-    assert torch.equal(attend.best(mass, topk, *ends), selected(indices, 12))
+    chosen = attend.best(mass, topk, *ends)
+    assert torch.equal(chosen, selected(indices, 12))
+    assert torch.equal(attend.positions(chosen, topk), indices[..., :12])
 
 
 def test_a_row_without_keys_gives_zeros() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clsa_compile.backend import requested
+from clsa_compile.calibration import attend
+from clsa_compile.calibration.attend import Tokens
 from clsa_compile.calibration.graphs import fitting
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
+from clsa_compile.ir.routing import Pool, Request, Weights
 from clsa_compile.testing import tiny
 
 IDS = torch.randint(1, 100, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -46,7 +52,7 @@ def test_taps_see_the_layers_that_may_share_and_can_change_them() -> None:
     graph = fitting(model, IDS).graph(requested(Options.read({**OPTIONS, "share": "FS"})))
     seen = []
 
-    def tap(layer: int, call: Any, out: Tensor, chosen: Tensor | None) -> Tensor:
+    def tap(layer: int, call: Any, out: Tensor, chosen: Tokens | None) -> Tensor:
         seen.append((layer, out.shape, chosen is not None))
         return torch.zeros_like(out)
 
@@ -63,6 +69,95 @@ def test_a_layer_that_chooses_for_itself_is_seen_once() -> None:
     with torch.no_grad():
         graph.run(IDS, lambda layer, call, out, chosen: seen.append((layer, chosen is not None)) or out)
     assert seen == [(0, True), (1, True)]
+
+
+class Live(TorchDispatchMode):
+    """Counts elements of memory: most of tensors of `least` and more at a time, and of the largest one."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.now, self.most, self.largest = least, 0, 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() // tensor.itemsize
+        self.largest = max(self.largest, size)
+        if size < self.least or storage.data_ptr() in self._seen:
+            return
+        self._seen.add(storage.data_ptr())
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, storage.data_ptr(), size)
+
+    def _freed(self, pointer: int, size: int) -> None:
+        self._seen.discard(pointer)
+        self.now -= size
+
+
+LONG = torch.randint(1, 100, (1, 512), generator=torch.Generator().manual_seed(6))
+SQUARE = LONG.shape[1] ** 2
+
+
+def mixed(anchors: int, sets: int) -> Request:
+    """Layers that attend to what they choose, each by the mass of all up to itself."""
+
+    def pools(layers: Any) -> tuple[Pool, ...]:
+        def weight(pool: int, source: int) -> Weights:
+            return tuple(tuple(1.0 + h * n + pool + source for h in range(4)) for n in range(sets))
+
+        return tuple(
+            Pool(
+                anchor=i,
+                topk=32,
+                sources={j: weight(i, j) for j in range(i + 1)},
+                members=(i,),
+                rows={i: tuple(range(sets))} if sets > 1 else {},
+                power=0.5,
+            )
+            for i in range(anchors)
+        )
+
+    return Request(pools, prompts=True)
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "BLOCK", SQUARE // 4)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_mass_of_long_sequences_is_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held up to a size, with one sum a later selection; above that there are some rows of it only."""
+    anchors, sets = 6, 2
+    graph = fitting(tiny("llama", num_hidden_layers=anchors), LONG).graph(mixed(anchors, sets))
+    with torch.no_grad(), Live(SQUARE) as live:
+        held, _ = graph.run(LONG)
+    assert sets * anchors * SQUARE <= live.most <= 3 * sets * anchors * SQUARE
+    monkeypatch.setattr(attend, "HELD", 0)
+    with torch.no_grad(), Live(SQUARE) as live:
+        again, _ = graph.run(LONG)
+    assert live.largest < SQUARE
+    torch.testing.assert_close(again, held, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("family", ["deepseek_v32", "deepseek_v3"])
+def test_attention_to_long_sequences_is_never_whole(family: str) -> None:
+    """Selections of a model's own, all that an index may say, and values that are not as wide as keys."""
+    settings = {"index_n_heads": 4} if family == "deepseek_v32" else {}
+    graph = fitting(tiny(family, **settings), LONG).graph()
+    for index_tap in (None, lambda *_: None):
+        with torch.no_grad(), Live(SQUARE) as live:
+            graph.run(LONG, index_tap=index_tap)
+        assert live.largest < SQUARE
 
 
 class Bare(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clsa_compile.calibration.attend import Tokens
 from clsa_compile.calibration.given import Model
 from clsa_compile.calibration.graphs import Graph
 from clsa_compile.calibration.own import Own
@@ -87,9 +88,10 @@ def test_the_loss_is_the_divergence_from_dense_attention(tokens: list[Tensor]) -
     calls: dict[int, Any] = {}
     indices: list[tuple[Any, Tensor]] = []
 
-    def tap(layer: int, call: Any, out: Tensor, chosen: Tensor | None) -> Tensor:
+    def tap(layer: int, call: Any, out: Tensor, chosen: Tokens | None) -> Tensor:
         assert chosen is not None
-        assert torch.equal(chosen[0, 0], torch.ones_like(chosen[0, 0]).tril()), "all that may be read"
+        read = chosen.of(torch.arange(ids.shape[1]))[0, 0]
+        assert torch.equal(read, torch.ones_like(read).tril()), "all that may be read"
         calls[layer] = call
         return out
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.routing import Pool, Request, Weights
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
 
@@ -250,3 +251,37 @@ def test_bounds_of_other_lengths_are_not_shared() -> None:
         )
 
     assert count(on_a_device(fn, *qkv()).graph, "clsa.mask_bounds") == 3
+
+
+# -- mass --------------------------------------------------------------------------------------------
+
+
+def test_mass_is_added_up_as_it_comes(trace: Any) -> None:
+    """A pool holds one sum until its anchor; the sum is in the order of the layers."""
+    anchors = 5
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for i in range(anchors):
+            q = sdpa(q, k + i, v, is_causal=True)
+        return q
+
+    def pools(layers: Any) -> tuple[Pool, ...]:
+        def weight(pool: int, source: int) -> Weights:
+            return (tuple(1.0 + head + pool * source for head in range(layers[0].heads)),)
+
+        return tuple(
+            Pool(i, 4, {j: weight(i, j) for j in range(i + 1)}, (i,), power=0.5) for i in range(anchors)
+        )
+
+    captured = trace(fn, *(torch.randn(2, 4, 12, 8) for _ in range(3)))
+    decision = decide(captured, request=Request(pools, prompts=True))
+    graph = rewrite(captured, decision.sites, decision.plan).graph
+    graph.lint()
+    layer, added, chosen = -1, {}, []
+    for node in graph.nodes:
+        layer += "attention_mass" in str(node.target)
+        if node.target is torch.ops.aten.add.Tensor and node.meta["val"].shape[-2:] == (12, 12):
+            added[node] = (*added.get(node.args[0], (0,)), layer)
+        elif "select_topk" in str(node.target):
+            chosen.append(added.get(node.args[0], (0,)))
+    assert chosen == [tuple(range(i + 1)) for i in range(anchors)], "by layer, where the sum is made"
