@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +98,24 @@ class Wanted:
                 f"groups={self.groups!r}, but {layers} layers can share, counted from 0; give fewer, or lower"
             )
 
+    def able(self, layers: int, unable: Mapping[int, str]) -> list[int]:
+        """Returns the layers at which groups can begin, of so many; `unable` says why others cannot.
+
+        Raises OptionError where those that can are not enough.
+        """
+        found = [i for i in range(layers) if i not in unable]
+        starts = self.groups if isinstance(self.groups, tuple) else (0,)
+        at = next((start for start in starts if start in unable), None)
+        if at is None and (self.count or 1) <= len(found):
+            return found
+        at = min(unable) if at is None else at
+        asked = "the first group" if self.groups is None else f"groups={self.groups!r}"
+        raise OptionError(
+            f"{asked}: an index cannot begin at layer {at}: {unable[at]}. The first group begins at layer 0; "
+            f"layers that can begin one: {', '.join(map(str, found)) or 'none'}. Adapters can be merged into "
+            "the weights before"
+        )
+
     def check_own(self) -> None:
         """Raises OptionError for what indexers that a model has cannot be asked."""
         plain = Wanted(self.topk, steps=self.steps, seed=self.seed)
@@ -153,7 +171,7 @@ def train(
     progress: bool = True,
 ) -> Found:
     """Does what `distill` says, and returns what was measured too."""
-    given = sequences(batches, wanted.topk or 0)
+    given = sequences(batches, {"topk": wanted.topk or 0})
     if len(given) < 2:
         raise OptionError("this needs two sequences at least, one to learn from and one to judge by")
     known = Model(model, given[0], Stages(folder))
@@ -164,7 +182,8 @@ def train(
             wanted.check_own()
             return _own(known, given[:-held], given[-held:], wanted, shown)
         wanted.check(len(known.layers))
-        finder = _Finder(known, given[:-held], given[-held:], wanted, shown)
+        able = wanted.able(len(known.layers), known.forward(given[0]).unable())
+        finder = _Finder(known, given[:-held], given[-held:], wanted, able, shown)
         return found(finder, wanted.count, wanted.budget)
 
 
@@ -183,21 +202,36 @@ def _own(known: Model, fitted: list[Tensor], held: list[Tensor], wanted: Wanted,
 
 
 class _Finder:
-    """Trains indices for groups that begin at some layers, and judges them; see `finding.Finder`."""
+    """Trains indices for groups that begin at some layers, and judges them; see `finding.Finder`.
+
+    Anchors are counted among the layers that are able to begin a group.
+    """
 
     def __init__(
-        self, known: Model, fitted: list[Tensor], held: list[Tensor], wanted: Wanted, shown: Progress
+        self,
+        known: Model,
+        fitted: list[Tensor],
+        held: list[Tensor],
+        wanted: Wanted,
+        able: list[int],
+        shown: Progress,
     ) -> None:
         self._known, self._fitted, self._wanted, self._shown = known, fitted, wanted, shown
+        self._able = able
         self._numbers = len(held)
         self._options = Options(topk=wanted.topk, keep_first=0, keep_last=0)
         self._judge = Judge(known, held, self._options)
         self._costs: list[list[float]] = []
 
     @property
+    def fewest(self) -> int:
+        """The fewest groups: one will do for all layers."""
+        return 1
+
+    @property
     def layers(self) -> int:
-        """The layers that can share."""
-        return len(self._known.layers)
+        """The layers that can begin a group."""
+        return len(self._able)
 
     def anchors(self, count: int) -> tuple[int, ...]:
         """Returns where so many groups begin, exactly the best by what their first layers look at.
@@ -205,7 +239,7 @@ class _Finder:
         An index knows what that layer knows, so what the layer itself would miss is the measure, by worth.
         """
         if isinstance(self._wanted.groups, tuple) and count == len(self._wanted.groups):
-            return self._wanted.groups
+            return tuple(map(self._able.index, self._wanted.groups))
         return best(self._pairs())[count - 1]
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
@@ -219,7 +253,8 @@ class _Finder:
     def judged(self, anchors: tuple[int, ...]) -> Found:
         """Returns the plan of indices that were trained for these groups, and its quality."""
         training = self._wanted.training
-        student = Borrowed(self._known, self._fitted, anchors, training)
+        starts = tuple(self._able[anchor] for anchor in anchors)
+        student = Borrowed(self._known, self._fitted, starts, training)
         trainer = Trainer(self._known, self._fitted, student, training)
         trainer.run(self._shown.stage(f"training {len(anchors)} indices", self._wanted.steps))
         plan = student.plan()
@@ -231,14 +266,27 @@ class _Finder:
         return Found(replace(plan, quality=quality.numbers()), quality)
 
     def _pairs(self) -> list[list[float]]:
-        """Returns [L, L]: at [a, l] the worth of what layer l does not see of what layer a looks at most."""
+        """Returns [C, C] of the layers that can begin a group: what is lost where j is in the group of i.
+
+        That is the worth of what layers do not see of what the first of their group looks at most: for j and
+        those after it that can begin none, which go where it goes, more than where j begins a group.
+        """
         if not self._costs:
             looked_at = self._fitted[:: max(1, len(self._fitted) // LOOKED_AT)][:LOOKED_AT]
             done = self._shown.stage("placing groups", len(looked_at))
             records = recorded(self._known, looked_at, POWER, self._wanted.seed, done)
             assert self._wanted.topk is not None
             table = Table(records, Selection(self._wanted.topk, 0, 0, POWER), self._known.device)
-            self._costs = Costs(table, uniform(self.layers, max(2, self.layers // 4))).pairs()
+            layers = len(self._known.layers)
+            lost = Costs(table, uniform(layers, max(2, layers // 4))).pairs()
+            ends = (*self._able[1:], layers)
+            self._costs = [
+                [
+                    sum(lost[i][m] - lost[j][m] for m in range(j, end)) if i < j else 0.0
+                    for j, end in zip(self._able, ends, strict=True)
+                ]
+                for i in self._able
+            ]
         return self._costs
 
     def _total(self, anchors: tuple[int, ...]) -> float:

@@ -24,6 +24,10 @@ class Finder(Protocol):
     """One search: the best anchors of a number, and plans with their quality on what was held out."""
 
     @property
+    def fewest(self) -> int:
+        """The fewest anchors with which every layer has one that it can follow."""
+
+    @property
     def layers(self) -> int:
         """The layers that can choose."""
 
@@ -46,7 +50,7 @@ def found(finder: Finder, count: int | None, budget: float | None) -> Found:
         assert count is not None
         return finder.judged(finder.flipped(finder.anchors(count)))
     if count is None:
-        anchors, kept = _least(finder, finder.anchors, 1, budget)
+        anchors, kept = _least(finder, finder.anchors, finder.fewest, budget)
     else:
         grown = [finder.anchors(count)]
         while len(grown[-1]) < finder.layers:

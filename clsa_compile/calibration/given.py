@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,18 +13,25 @@ from torch import Tensor
 
 from clsa_compile.backend import requested, sharing
 from clsa_compile.calibration.fingerprint import check, of_model
-from clsa_compile.calibration.graphs import Change, Forward, fitting
+from clsa_compile.calibration.graphs import Change, Forward, Graph, fitting
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
 from clsa_compile.ir.fingerprint import Fingerprint
-from clsa_compile.ir.routing import Pool, Request
+from clsa_compile.ir.routing import Pool, offered, role
 from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["MARGIN", "Asked", "Model", "Planned", "asked", "sequences", "too_short"]
+__all__ = ["Asked", "Model", "Planned", "asked", "check_length", "sequences"]
 
 # A sequence must have this many tokens more than are selected: with fewer, nothing is left out.
 MARGIN = 16
+
+# What becomes of a sequence that is hardly longer than an option says.
+_WHY = {
+    "topk": "next to nothing would be left out",
+    "dense_below": "attention over so few tokens stays dense, and next to no others would be measured",
+    "pool": "an R would choose among nearly all of its tokens, as an F does",
+}
 
 # A plan, its file, or options of the backend.
 Planned = SharingPlan | str | os.PathLike[str] | Mapping[str, Any]
@@ -50,6 +57,11 @@ class Model:
         Nothing where no results are kept: every weight is read for it.
         """
         return [self._first_forward.identity(), self.device.type] if self.stages.keeps else []
+
+    @property
+    def choosers(self) -> list[int]:
+        """The layers that have an index of the model's own, and read it."""
+        return [i for i, owner in enumerate(self.owners) if owner == i]
 
     def forward(self, ids: Tensor) -> Forward:
         """Returns the forward for the length of ids [1, T]."""
@@ -85,19 +97,28 @@ class Model:
 
     def long_enough(self, given: Sequence[Tensor]) -> None:
         """Raises OptionError where a sequence is hardly longer than what the model selects by itself."""
-        if (shortest := min(ids.shape[1] for ids in given)) < self.topk + MARGIN:
-            raise too_short(shortest, self.topk)
+        check_length(min(ids.shape[1] for ids in given), {"topk": self.topk})
 
-    def pools(self, change: Change | None) -> tuple[Pool, ...]:
-        """Returns who attends to whose tokens after a change; weights only for dense layers."""
-        if isinstance(change, Request):
-            return change.route(self.layers)
-        members: dict[int, list[int]] = {}
-        anchors = self.owners if change is None else change(self.owners, self.layers).anchors
-        for i, anchor in enumerate(anchors):
-            if anchor != i:
-                members.setdefault(anchor, []).append(i)
-        return tuple(Pool(anchor, self.topk, {}, tuple(m)) for anchor, m in members.items())
+    def pools(self, length: int, identity: str, graph: Callable[[], Graph]) -> tuple[Pool, ...]:
+        """Returns who attends to whose tokens in a graph of a length; `identity` names it in the folder."""
+        key = [self.key, length, identity]
+        kept = self.stages.data("pools", key, lambda: [pool.to_dict() for pool in graph().pools])
+        return tuple(map(Pool.from_dict, kept))
+
+    def agreed(self, pools: Mapping[int, tuple[Pool, ...]]) -> tuple[Pool, ...]:
+        """Returns who attends to whose tokens at all lengths. Raises OptionError where they differ."""
+        (length, first), *others = pools.items()
+        for other, found in others:
+            if _reads(found) != _reads(first):
+                raise OptionError(
+                    f"layers do not read the same at all lengths: sequences of {length} tokens run "
+                    f"{self.schedule(first)}, of {other} {self.schedule(found)}; give sequences of one length"
+                )
+        return first
+
+    def schedule(self, pools: Sequence[Pool]) -> str:
+        """Returns a letter for each layer, see `ir.routing.role`."""
+        return "".join(role(pools, i) for i in range(len(self.layers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +147,16 @@ class Asked:
         """The tokens that dense layers are to attend to, 0 where the model's own number stands."""
         return self.options.topk or 0
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """By option, how many tokens a prompt may have and still run as if nothing were asked of it."""
+        options = self.options
+        if options.topk is None:
+            return {"topk": 0}
+        found = {"topk": options.topk, "dense_below": options.dense_below}
+        again = isinstance(options.share, str) and "R" in options.share
+        return {**found, "pool": offered(options.topk, options.pool)} if again else found
+
 
 def asked(plan: Planned) -> Asked:
     """Returns what a plan, or options, ask for.
@@ -145,8 +176,11 @@ def asked(plan: Planned) -> Asked:
     return Asked(options, shared)
 
 
-def sequences(batches: Any, topk: int) -> list[Tensor]:
-    """Returns ids [1, T] of batches of ids. Raises OptionError for none, and for those that are too short."""
+def sequences(batches: Any, limits: Mapping[str, int]) -> list[Tensor]:
+    """Returns ids [1, T] of batches of ids.
+
+    Raises OptionError for none, and for those that are too short for the `limits` of what is asked.
+    """
     parts = [batches] if isinstance(batches, Tensor) else list(batches)
     found = []
     for i, part in enumerate(parts):
@@ -158,18 +192,25 @@ def sequences(batches: Any, topk: int) -> list[Tensor]:
         found += list(ids.reshape(-1, ids.shape[-1]).long().split(1)) if ids.numel() else []
     if not found:
         raise OptionError("there are no tokens: give batches of ids [B, T], text of several kinds")
-    shortest = min(ids.shape[1] for ids in found)
-    if shortest < topk + MARGIN:
-        raise too_short(shortest, topk)
+    check_length(min(ids.shape[1] for ids in found), limits)
     return found
 
 
-def too_short(length: int, topk: int) -> OptionError:
-    """Returns what is said of a sequence of fewer than topk + MARGIN tokens."""
-    return OptionError(
-        f"a sequence of {length} tokens is too short for topk={topk}: next to nothing would be left "
-        f"out; give {topk + MARGIN} at least, better {4 * topk}"
+def check_length(length: int, limits: Mapping[str, int]) -> None:
+    """Raises OptionError for a sequence that is not MARGIN tokens longer than the largest of `limits`."""
+    name = max(limits, key=limits.__getitem__)
+    least = limits[name] + MARGIN
+    if length >= least:
+        return
+    instead = "" if name == "topk" else f", or a smaller {name!r}"
+    raise OptionError(
+        f"a sequence of {length} tokens is too short for {name}={limits[name]}: {_WHY[name]}; "
+        f"give {least} at least, better {4 * limits[name]}{instead}"
     )
+
+
+def _reads(pools: Sequence[Pool]) -> set[tuple[int, tuple[int, ...]]]:
+    return {(pool.anchor, pool.members) for pool in pools}
 
 
 def _first(model: Any) -> Tensor:

@@ -19,15 +19,16 @@ from clsa_compile.errors import ClsaError, OptionError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.fingerprint import content_hash
 from clsa_compile.ir.ops import contract_op
-from clsa_compile.ir.routing import Layer, Pool, Request, Sharing
+from clsa_compile.ir.plan import Plan
+from clsa_compile.ir.routing import Index, Layer, Pool, Request, Shares, Sharing
 from clsa_compile.ir.scores import Score, parse_score
 from clsa_compile.ir.sites import AttentionSite
 from clsa_compile.passes.borrow import Constants, index_operands, product
 from clsa_compile.passes.emit import Emitter
-from clsa_compile.passes.group import index_owners
+from clsa_compile.passes.group import index_owners, plan
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
-from clsa_compile.passes.route import layer, routed, shareable
+from clsa_compile.passes.route import UNMADE, layer, routed, shareable
 from clsa_compile.passes.tidy import drop_dead
 
 __all__ = ["Change", "Forward", "Graph", "IndexTap", "Probe", "Probed", "Tap"]
@@ -90,10 +91,13 @@ class _Cut:
 class Graph(_Cut):
     """One rewritten graph, cut before the head: `run` gives hidden states, `logits` those of a few rows.
 
-    weights: by input, the name of the model's weight that it is.
+    weights: by input, the name of the model's weight that it is. pools: who attends to whose tokens in it, by
+    layers that may share; what was asked for and refused is not among them. Those of the model's own indices
+    have no sources.
     """
 
     weights: Mapping[int, str]
+    pools: tuple[Pool, ...]
 
     def run(
         self,
@@ -174,17 +178,18 @@ class Forward:
         self._source, self._inputs, self._slot, self._weights = _traced(model, ids)
         paths = {} if not isinstance(model, torch.nn.Module) else dict(model.named_modules())
         captured = capture(self._source)
-        self._attentions = decide(captured).sites.attention
-        able = [site for site in self._attentions if site.indexer is not None]
+        self._sites = decide(captured).sites
+        attentions = self._sites.attention
+        able = [site for site in attentions if site.indexer is not None]
         self.topk = max((site.indexer.topk for site in able if site.indexer is not None), default=0)
         self.owners = tuple(index_owners(able))
         if not able:
-            able = shareable(self._attentions)
-        _refuse(self._attentions, able)
+            able = shareable(attentions)
+        _refuse(attentions, able)
         found = [layer(site) for site in able]
         self.ordinals = tuple(entry.ordinal for entry in found)
         self.layers = tuple(_named(entry, i, paths) for i, entry in enumerate(found))
-        self.attentions = len(self._attentions)
+        self.attentions = len(attentions)
 
     def identity(self) -> str:
         """Returns a hash of what is computed: the graph, and all bits of the weights and tables it reads."""
@@ -200,10 +205,52 @@ class Forward:
         decision = decide(captured, sharing, request=request)
         rewrite(captured, decision.sites, decision.plan, decision.tensors)
         members = {m for pool in decision.plan.pools for m in pool.members}
-        positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
+        positions = self._positions
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], members)
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
-        return Graph(captured.module, self._inputs, self._slot, layers, _cut(captured), self._weights)
+        found = captured.module, self._inputs, self._slot, layers, _cut(captured)
+        return Graph(*found, self._weights, _pools(decision.plan, positions))
+
+    def breaks(self) -> dict[int, str]:
+        """Returns why layers with an indexer cannot read the index of the one before them that has one.
+
+        A layer can read that of any earlier one where there is no break between them.
+        """
+
+        def chained(owners: Sequence[int], _: Sequence[Layer]) -> Shares:
+            choosers = [i for i, owner in enumerate(owners) if owner == i]
+            before = dict(zip(choosers, (choosers[0], *choosers), strict=False))
+            return Shares(tuple(before[owner] for owner in owners))
+
+        found = plan(self._sites, chained)
+        followers = {self._positions[ordinal] for ordinal in found.shares}
+        reasons = {entry.ordinal: entry.reason for entry in found.sites}
+        kept: dict[int, str] = {}
+        for i, owner in enumerate(self.owners):
+            # It keeps its index where any layer that reads it could not read the other one.
+            if owner not in followers | {0}:
+                kept[owner] = kept.get(owner) or reasons[self.ordinals[i]]
+        return kept
+
+    def unable(self) -> dict[int, str]:
+        """Returns why layers cannot begin a group that reads an index; those that can are not among them."""
+        tensors: dict[str, Tensor] = {}
+        pools = []
+        for site in (s for s in self._sites.attention if s.ordinal in self.ordinals):
+            index = Index(str(site.ordinal), "", 0, 1)
+            pools.append(Pool(site.ordinal, 1, {}, (site.ordinal,), index=index))
+            if not isinstance(made := product(site), str):
+                weight, rows = (node.meta["val"] for node in (made.weight, made.rows))
+                shapes = weight.shape, (1, rows.shape[-1]), (1,)
+                empty = (torch.empty(shape, device="meta") for shape in shapes)
+                tensors.update(zip(index.tensor_names(), empty, strict=True))
+        request = Request(lambda _: tuple(pools), prompts=True, tensors=tensors)
+        _, kept = routed(self._sites.attention, request)
+        return {self.ordinals.index(o): why.removeprefix(UNMADE).strip() for o, why in kept.items()}
+
+    @property
+    def _positions(self) -> dict[int, int]:
+        return {ordinal: i for i, ordinal in enumerate(self.ordinals)}
 
     def probe(self, pools: Sequence[Pool], tensors: Mapping[str, Tensor]) -> Probe:
         """Returns the model's own forward with the indices of pools, which count layers that may share."""
@@ -228,7 +275,7 @@ class Forward:
         output.args = ((*kept, *wanted),)
         drop_dead(captured.graph)
         captured.module.recompile()
-        positions = {ordinal: i for i, ordinal in enumerate(self.ordinals)}
+        positions = self._positions
         ordinals = _sites_of(captured, [site.ordinal for site in decision.sites.attention], set())
         layers = tuple(None if o is None else positions.get(o) for o in ordinals)
         found = captured.module, self._inputs, self._slot, layers, head, len(kept), constants.attributes
@@ -426,6 +473,25 @@ def _sites_of(captured: Captured, ordinals: Sequence[int], members: set[int]) ->
         found.append(None if twice else current)
         pending = current if twice else None
     return found
+
+
+def _pools(found: Plan, positions: Mapping[int, int]) -> tuple[Pool, ...]:
+    """Returns who reads whose tokens by what was decided of a graph; `positions` are its ordinals' layers."""
+    own = [
+        Pool(group.anchor, group.topk, {}, members)
+        for group in found.groups
+        if group.kind == "index" and (members := tuple(m for m in group.members if m != group.anchor))
+    ]
+    return tuple(
+        replace(
+            pool,
+            anchor=positions[pool.anchor],
+            members=tuple(positions[m] for m in pool.members),
+            sources={positions[layer]: weights for layer, weights in pool.sources.items()},
+            rows={positions[layer]: sets for layer, sets in pool.rows.items()},
+        )
+        for pool in (*own, *found.pools)
+    )
 
 
 def _cut(captured: Captured) -> GraphModule | None:

@@ -2,11 +2,13 @@
 
 Where a layer's own attention would lie within another one's selection says who may read whose index; dynamic
 programming finds the best anchors for that, and flips of single anchors follow the divergence from the model
-as it is.
+as it is. Every layer reads the last anchor before it, as engines read a schedule: one that cannot, because it
+selects another number of tokens, is an anchor, and so is the one after it that cannot read its index.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -46,10 +48,16 @@ class IndexFinder:
         self._fitted, self._held = (Judge(model, part, options) for part in (fitted, held))
         self._numbers = len(fitted), len(held)
         self._known: dict[tuple[int, ...], list[float]] = {}
-        self._choosers = [i for i, owner in enumerate(model.owners) if owner == i]
+        self._choosers = model.choosers
         self._fitted.dense(shown.stage("recording", len(fitted)))
+        self._breaks = model.forward(fitted[0]).breaks()
         self._costs = self._pairs(self._fitted.serves())
         self._starts = best(self._costs)
+
+    @property
+    def fewest(self) -> int:
+        """The fewest anchors: the first layer, and those that cannot read the index before theirs."""
+        return 1 + len(self._breaks)
 
     @property
     def layers(self) -> int:
@@ -58,14 +66,14 @@ class IndexFinder:
 
     def anchors(self, count: int) -> tuple[int, ...]:
         """Returns the best anchors of a number, exact for kept mass, or evenly spread ones that lose less."""
-        starts = self._starts[count - 1], uniform(self.layers, count)
+        starts = [a for a in (self._starts[count - 1], uniform(self.layers, count)) if self._can(a)]
         return min(starts, key=lambda anchors: sum(self._divergences(anchors)))
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors after flips, those that keep most mass first."""
 
         def likeliest(at: tuple[int, ...]) -> list[tuple[int, ...]]:
-            return sorted(moves(at, self.layers), key=self._total)
+            return sorted(filter(self._can, moves(at, self.layers)), key=self._total)
 
         return flipped(self._divergences, anchors, likeliest, FLIPS * len(anchors))
 
@@ -92,16 +100,22 @@ class IndexFinder:
     def _pairs(self, serves: Sequence[Sequence[float]]) -> list[list[float]]:
         """Returns [C, C] of the share [L, L] that layers keep: what chooser j loses by reading i's index.
 
-        A layer that has no indexer goes where the one goes whose index it reads.
+        A layer that has no indexer goes where the one goes whose index it reads. Infinite where j cannot.
         """
         owned = {c: [i for i, owner in enumerate(self._model.owners) if owner == c] for c in self._choosers}
-        return [
-            [
-                sum(serves[owner][i] - serves[anchor][i] for i in owned[owner]) if anchor < owner else 0.0
-                for owner in self._choosers
-            ]
-            for anchor in self._choosers
-        ]
+
+        def cost(anchor: int, owner: int) -> float:
+            if anchor >= owner:
+                return 0.0
+            if any(anchor < broken <= owner for broken in self._breaks):
+                return math.inf
+            return sum(serves[owner][i] - serves[anchor][i] for i in owned[owner])
+
+        return [[cost(anchor, owner) for owner in self._choosers] for anchor in self._choosers]
+
+    def _can(self, anchors: tuple[int, ...]) -> bool:
+        """Tells whether all layers can read the index of the last anchor before them."""
+        return self._total(anchors) < math.inf
 
     def _total(self, anchors: tuple[int, ...]) -> float:
         return pair_cost(self._costs, anchors)

@@ -66,24 +66,29 @@ class Judge:
     def measure(
         self, change: Change | None, identity: str, done: Callable[[], None] = lambda: None
     ) -> tuple[list[dict[str, Any]], tuple[Pool, ...]]:
-        """Returns the figures of each sequence, and the pools; `identity` names the change in the folder."""
+        """Returns the figures of each sequence, and who attends to whose tokens in the graphs that ran.
+
+        `identity` names the change in the folder. Raises OptionError where that differs by length.
+        """
         self.dense()
         found = []
-        graphs: dict[int, Graph] = {}
+        graphs = _Graphs(self._model, change)
         for number in range(len(self._ids)):
             key = [self._model.key, self._key(number), identity]
-            make = partial(self._run, number, graphs, change)
+            make = partial(self._run, number, graphs)
             found.append(self._model.stages.data("judged", key, make))
             done()
-        return found, self._model.pools(change)
+        lengths = {ids.shape[1]: ids for ids in self._ids}
+        pools = {n: self._model.pools(n, identity, partial(graphs.of, ids)) for n, ids in lengths.items()}
+        return found, self._model.agreed(pools)
 
     def quality(self, figures: Sequence[dict[str, Any]], pools: Sequence[Pool]) -> Quality:
         """Returns the figures of all sequences as one."""
         tokens = sum(f["tokens"] for f in figures)
-        kept = {
-            layer: sum(f["kept"][str(layer)] for f in figures) / len(figures)
-            for layer in map(int, figures[0]["kept"])
-        }
+        by_layer: dict[int, list[float]] = {}
+        for layer, share in (pair for f in figures for pair in f["kept"].items()):
+            by_layer.setdefault(int(layer), []).append(share)
+        kept = {layer: sum(shares) / len(shares) for layer, shares in by_layer.items()}
         anchors = {m: pool.anchor for pool in pools for m in pool.members}
         layers = tuple(
             LayerQuality(
@@ -98,7 +103,7 @@ class Judge:
         worst = figures[number]
         return Quality(
             topk=self._selection[0],
-            schedule="".join(layer.role for layer in layers),
+            schedule=self._model.schedule(pools),
             tokens=tokens,
             dense_loss=sum(f["dense"] for f in figures) / tokens,
             loss=sum(f["loss"] for f in figures) / tokens,
@@ -138,17 +143,15 @@ class Judge:
             "masses": torch.stack(masses).half().cpu(),
         }
 
-    def _run(self, number: int, graphs: dict[int, Graph], change: Change | None) -> dict[str, Any]:
+    def _run(self, number: int, graphs: _Graphs) -> dict[str, Any]:
         """Returns one sequence's sums over the scored tokens, and the mass that each follower keeps."""
         ids, skip = self._ids[number], self._skips[number]
         length = ids.shape[1]
-        if length not in graphs:
-            graphs[length] = self._model.forward(ids).graph(change)
-        graph = graphs[length]
+        graph = graphs.of(ids)
         rows = self._rows(number)
         kept: dict[str, float] = {}
         against_itself = self._model.topk and self._weights is None
-        own = {m for pool in self._model.pools(change) for m in pool.members} if against_itself else None
+        own = {m for pool in graph.pools for m in pool.members} if against_itself else None
 
         def tap(layer: int, call: Operands, out: Tensor, chosen: Tokens | None) -> Tensor:
             if chosen is None or (own is not None and layer not in own):
@@ -197,6 +200,21 @@ class Judge:
         return tuple(map(tuple, total.masked_fill(lower, math.nan).tolist()))
 
 
+class _Graphs:
+    """A model's graphs after a change, one a length, made where they are asked for."""
+
+    def __init__(self, model: Model, change: Change | None) -> None:
+        self._model, self._change = model, change
+        self._made: dict[int, Graph] = {}
+
+    def of(self, ids: Tensor) -> Graph:
+        """Returns the graph for the length of ids [1, T]."""
+        length = ids.shape[1]
+        if length not in self._made:
+            self._made[length] = self._model.forward(ids).graph(self._change)
+        return self._made[length]
+
+
 def _no_index(*_: Any) -> None:
     """Is shown indices whose selection is not asked for."""
 
@@ -221,7 +239,7 @@ def evaluate(
     Nothing is compiled. Raises OptionError for what cannot be measured.
     """
     wanted = asked(plan)
-    given = sequences(batches, wanted.topk)
+    given = sequences(batches, wanted.limits)
     shortest = min(ids.shape[1] for ids in given)
     if skip is not None and not 0 <= skip < shortest - 1:
         raise OptionError(f"skip={skip!r} leaves nothing to score of {shortest} tokens")

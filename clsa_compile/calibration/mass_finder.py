@@ -56,6 +56,11 @@ class MassFinder:
         self._starts = best(self._costs.pairs())
 
     @property
+    def fewest(self) -> int:
+        """The fewest anchors: one will do for all layers."""
+        return 1
+
+    @property
     def layers(self) -> int:
         """The layers that can choose."""
         return len(self._model.layers)

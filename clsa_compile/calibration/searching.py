@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from clsa_compile.calibration.finding import Found, found
 from clsa_compile.calibration.given import Model, sequences
 from clsa_compile.calibration.index_finder import IndexFinder
@@ -91,12 +93,12 @@ def find(
 ) -> Found:
     """Does what `search` says, and returns what was measured too."""
     options = asked.options()
-    given = sequences(batches, asked.topk or 0)
+    given = sequences(batches, {"topk": asked.topk or 0})
     if len(given) < 2:
         raise OptionError("a search needs two sequences at least, one to find a plan and one to judge it")
     held = max(1, round(len(given) / HELD_OUT))
     known = Model(model, given[0], Stages(folder))
-    _fits(known, asked)
+    _fits(known, asked, given[0])
     known.long_enough(given)
     make = IndexFinder if known.topk else MassFinder
     with Progress(progress) as shown:
@@ -104,9 +106,17 @@ def find(
         return found(finder, asked.anchors, asked.budget)
 
 
-def _fits(known: Model, asked: Asked) -> None:
+def _fits(known: Model, asked: Asked, first: Tensor) -> None:
     """Guards a search against what the model cannot be asked."""
     known.check_topk(asked.topk, "the search finds which of them need to run")
-    able = sum(owner == i for i, owner in enumerate(known.owners)) if known.topk else len(known.layers)
-    if asked.anchors is not None and asked.anchors > able:
+    if asked.anchors is None:
+        return
+    able = len(known.choosers) if known.topk else len(known.layers)
+    if asked.anchors > able:
         raise OptionError(f"anchors={asked.anchors}, but only {able} layers can share; give fewer")
+    if known.topk and asked.anchors <= len(breaks := known.forward(first).breaks()):
+        layer, why = next(iter(breaks.items()))
+        raise OptionError(
+            f"anchors={asked.anchors}, but layers 0, {', '.join(map(str, breaks))} have to choose: they "
+            f"cannot read the index before their own. Layer {layer} {why}. Give {1 + len(breaks)} at least"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from clsa_compile.calibration.fingerprint import sequence_hash
-from clsa_compile.calibration.given import MARGIN, Asked, Model, Planned, asked, too_short
+from clsa_compile.calibration.given import Asked, Model, Planned, asked, check_length
 from clsa_compile.calibration.graphs import Change, Graph
 from clsa_compile.calibration.haystack import TASKS, WITH_DEPTH, Haystack, Sample
 from clsa_compile.calibration.progress import Progress
@@ -20,7 +20,7 @@ from clsa_compile.calibration.stages import Stages
 from clsa_compile.calibration.task_report import TaskCell, TaskReport
 from clsa_compile.config import is_count
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import role
+from clsa_compile.ir.routing import Pool
 
 __all__ = ["DEPTHS", "LENGTHS", "SAMPLES", "evaluate_tasks"]
 
@@ -60,7 +60,7 @@ def evaluate_tasks(
             "them into it with clsa_compile.apply(model, plan), and ask with 'share'"
         )
     wanted = _Wanted(_several(tasks), _several(lengths), _several(depths), samples, seed)
-    wanted.check(asks.topk, model)
+    wanted.check(asks.limits, model)
     haystack = Haystack(tokenizer, filler)
     cells = [(cell, wanted.samples_of(cell, haystack)) for cell in wanted.cells()]
     known = Model(model, _ids(cells[0][1][0]), Stages(folder))
@@ -70,8 +70,7 @@ def evaluate_tasks(
         asker = _Asker(known, asks)
         done = shown.stage("tasks", samples * len(cells))
         found = [asker.cell(*cell, made, done) for cell, made in cells]
-    pools = known.pools(asks.change)
-    schedule = "".join(role(pools, i) for i in range(len(known.layers)))
+    schedule = known.schedule(known.agreed(asker.pools))
     by_task = sorted(found, key=lambda cell: wanted.tasks.index(cell.task))
     return TaskReport(asks.topk or known.topk, schedule, seed, tuple(by_task))
 
@@ -86,7 +85,7 @@ class _Wanted:
     samples: int
     seed: int
 
-    def check(self, topk: int, model: Any) -> None:
+    def check(self, limits: Mapping[str, int], model: Any) -> None:
         for task in self.tasks:
             if task not in TASKS:
                 near = difflib.get_close_matches(str(task), TASKS, n=1)
@@ -105,8 +104,7 @@ class _Wanted:
             if not ok:
                 raise OptionError(f"{name} {value!r}; accepted: {accepted}")
         shortest, longest = min(self.lengths), max(self.lengths)
-        if shortest < topk + MARGIN:
-            raise too_short(shortest, topk)
+        check_length(shortest, limits)
         most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if most is not None and longest > most:
             raise OptionError(f"a length of {longest} is more than the {most} tokens that the model takes")
@@ -134,6 +132,8 @@ class _Asker:
         ours = (asks.options.identity(), asks.change)
         self._asked: tuple[tuple[str, Change | None], ...] = (("dense", None), ours)
         self._graphs: dict[tuple[int, str], Graph] = {}
+        # By length, who attends to whose tokens in the shared graph.
+        self.pools: dict[int, tuple[Pool, ...]] = {}
 
     def cell(
         self, task: str, length: int, depth: float | None, samples: list[Sample], done: Callable[[], None]
@@ -151,6 +151,9 @@ class _Asker:
             totals["logprob"] += ours["logprob"]
             totals["agreement"] += same
             done()
+        if length not in self.pools:
+            ids, shared = _ids(samples[0]), self._asked[1]
+            self.pools[length] = self._model.pools(length, shared[0], partial(self._graph, ids, *shared))
         means = {name: total / len(samples) for name, total in totals.items()}
         return TaskCell(task, length, depth, len(samples), **means)
 
@@ -163,15 +166,19 @@ class _Asker:
     def _run(self, sample: Sample, identity: str, change: Change | None) -> dict[str, Any]:
         """Returns the greedy token at each position of the answer, and the mean log-probability there."""
         ids = _ids(sample).to(self._model.device)
-        name = (ids.shape[1], identity)
-        if name not in self._graphs:
-            self._graphs = {n: graph for n, graph in self._graphs.items() if n[0] == ids.shape[1]}
-            self._graphs[name] = self._model.forward(ids).graph(change)
-        graph = self._graphs[name]
+        graph = self._graph(ids, identity, change)
         hidden, others = graph.run(ids)
         logits = graph.logits(hidden[:, sample.start - 1 : -1], others)[0].float()
         right = logits.log_softmax(-1).gather(1, ids[0, sample.start :, None])
         return {"greedy": logits.argmax(-1).tolist(), "logprob": float(right.double().mean())}
+
+    def _graph(self, ids: torch.Tensor, identity: str, change: Change | None) -> Graph:
+        """Returns the graph of a length; those of another one are no longer needed."""
+        name = (ids.shape[1], identity)
+        if name not in self._graphs:
+            self._graphs = {n: graph for n, graph in self._graphs.items() if n[0] == ids.shape[1]}
+            self._graphs[name] = self._model.forward(ids).graph(change)
+        return self._graphs[name]
 
 
 def _ids(sample: Sample) -> torch.Tensor:

@@ -119,14 +119,22 @@ def selecting(glm: Callable[..., Any]) -> Any:
     return glm()
 
 
+@pytest.fixture(scope="session")
+def uneven(glm: Callable[..., Any]) -> Any:
+    """A model with indexers, the third of which selects fewer tokens than the others."""
+    made = glm()
+    made.model.layers[2].self_attn.indexer.index_topk = 4
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _captured_once(model: Any, selecting: Any) -> Iterator[None]:
-    """Captures both models once a length for all tests: that takes longer than anything they do with them."""
+def _captured_once(model: Any, selecting: Any, uneven: Any) -> Iterator[None]:
+    """Captures these models once a length for all tests: that takes longer than anything they do with them."""
     known: dict[tuple[int, int], Forward] = {}
     real = given.fitting
 
     def fitting(other: Any, ids: Tensor) -> Forward:
-        if other is not model and other is not selecting:
+        if not any(other is one for one in (model, selecting, uneven)):
             return real(other, ids)
         key = (id(other), ids.shape[1])
         if key not in known:

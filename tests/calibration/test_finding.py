@@ -29,6 +29,7 @@ class Finder:
 
     costs: list[float]
     after: tuple[tuple[int, ...], float] | None = None
+    fewest: int = 1
     judged_counts: list[int] = field(default_factory=list)
 
     @property
@@ -61,6 +62,12 @@ def test_the_fewest_anchors_that_hold_a_budget(costs: list[float], budget: float
     holding = [n for n in range(low or 1, len(costs) + 1) if costs[n - 1] <= budget]
     assert len(made.anchors) == min(holding, default=len(costs))
     assert len(finder.judged_counts) <= len(costs).bit_length() + 1
+
+
+def test_fewer_anchors_than_can_be_are_not_tried() -> None:
+    finder = Finder([0.1] * 6, fewest=3)
+    assert found(finder, None, 0.2).anchors == (0, 1, 2)
+    assert min(finder.judged_counts) == 3
 
 
 @pytest.mark.parametrize("count", [1, 3])

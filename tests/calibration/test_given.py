@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clsa_compile.calibration.given import Model, sequences
+from clsa_compile.calibration.given import Model, asked, check_length, sequences
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.errors import OptionError
 from clsa_compile.testing import tiny
@@ -22,7 +22,7 @@ IDS = torch.arange(120).view(2, 60)
     [(IDS, 2), ([IDS, IDS[0]], 3), ([IDS.tolist()], 2), ((row for row in IDS), 2), ([IDS.int()], 2)],
 )
 def test_batches_become_sequences(batches: Any, number: int) -> None:
-    found = sequences(batches, 8)
+    found = sequences(batches, {"topk": 8})
     assert [ids.shape for ids in found] == [(1, 60)] * number
     assert all(ids.dtype == torch.long for ids in found)
 
@@ -40,7 +40,30 @@ def test_batches_become_sequences(batches: Any, number: int) -> None:
 )
 def test_what_cannot_be_used_is_an_error(batches: Any, topk: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        sequences(batches, topk)
+        sequences(batches, {"topk": topk})
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "message"),
+    [
+        ({}, 28, "topk=12: next to nothing would be left out; give 28 at least, better 48$"),
+        ({"dense_below": 50}, 66, "dense_below=50: .* stays dense, .* 200, or a smaller 'dense_below'$"),
+        ({"share": "FSR", "pool": 50}, 66, "pool=50: an R would choose .*; give 66 .* or a smaller 'pool'$"),
+        ({"share": "FSR", "dense_below": 20}, 64, "pool=48: an R would choose"),
+        ({"share": "FSR", "dense_below": 49}, 65, "dense_below=49: attention"),
+    ],
+)
+def test_the_largest_number_of_tokens_says_what_is_too_short(
+    options: dict[str, Any], least: int, message: str
+) -> None:
+    found = asked({"topk": 12, "keep_first": 2, "keep_last": 3, **options})
+    check_length(least, found.limits)
+    with pytest.raises(OptionError, match=f"a sequence of {least - 1} tokens is too short for {message}"):
+        check_length(least - 1, found.limits)
+
+
+def test_a_pool_of_indexers_is_for_steps_and_limits_no_prompt() -> None:
+    assert asked({"share": "FSR", "pool": 50}).limits == {"topk": 0}
 
 
 class Turned(nn.Module):

@@ -96,6 +96,28 @@ def test_a_plan_of_another_model_is_an_error(
         )
 
 
+def test_what_cannot_be_shared_is_not_reported_as_shared(
+    uneven: Any, tokens: list[Tensor], passes: Any
+) -> None:
+    quality = clsa_compile.evaluate(uneven, {"share": "FSSSS"}, tokens[1][1:])
+    assert quality.schedule == "FSFSS"
+    assert [layer.anchor for layer in quality.layers] == [None, 0, None, 0, 0]
+    assert [layer.recovered is None for layer in quality.layers] == [True, False, True, False, False]
+    assert abs(loss(uneven, tokens[1][1:], passes(share="FSSSS")) - quality.loss) < 1e-5
+
+
+def test_a_search_counts_no_savings_that_do_not_happen(uneven: Any, tokens: list[Tensor]) -> None:
+    """Layer 2 cannot read the index of layer 1, nor layer 3 that of layer 2."""
+    with pytest.raises(
+        OptionError,
+        match=r"anchors=2, but layers 0, 2, 3 have to choose: .* Layer 2 keeps its own index: "
+        r"it selects 4 tokens, layer model.layers.1.self_attn 8. Give 3 at least",
+    ):
+        find(uneven, tokens, Asked(anchors=2), progress=False)
+    made = find(uneven, tokens, Asked(budget=1e9), progress=False)
+    assert made.plan.pattern() == made.quality.schedule == "FSFFS"
+
+
 def test_a_number_of_tokens_is_the_models_own(selecting: Any, tokens: list[Tensor]) -> None:
     with pytest.raises(OptionError, match=r"this model selects 8 tokens by itself.*leave 'topk' out"):
         find(selecting, tokens, Asked(topk=16, anchors=2, keep_last=3), progress=False)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import clsa_compile
 from clsa_compile.calibration import judging
 from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.given import Model, asked
+from clsa_compile.calibration.stages import Stages
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
 
@@ -27,7 +29,7 @@ class Words:
         return f"word{ids[0]}"
 
 
-@pytest.mark.parametrize("options", [OPTIONS, AGAIN, {**OPTIONS, "dense_below": 38}])
+@pytest.mark.parametrize("options", [OPTIONS, AGAIN, {**OPTIONS, "dense_below": 32}])
 def test_figures_are_those_of_both_models_logits(
     options: dict[str, Any], model: Any, tokens: list[Tensor], passes: Any
 ) -> None:
@@ -74,6 +76,59 @@ def test_layers_say_whom_they_follow_and_what_they_keep(model: Any, tokens: list
         for layer, share in enumerate(row):
             assert math.isnan(share) if layer < anchor else 0 < share <= 1.001
             assert layer <= anchor or share <= quality.serves[layer][layer] + 1e-3
+
+
+def test_a_layer_is_the_mean_of_the_sequences_in_which_it_reads_chosen_tokens(
+    model: Any, tokens: list[Tensor]
+) -> None:
+    known = Model(model, tokens[0][:1], Stages(None))
+    judge = judging.Judge(known, [tokens[0][:1], tokens[0][1:]], asked(OPTIONS).options)
+    figures, pools = judge.measure(asked(OPTIONS).change, "ours")
+    del figures[0]["kept"]["3"]
+    figures[1]["kept"]["3"] = 0.5
+    figures[0]["kept"]["1"], figures[1]["kept"]["1"] = 0.25, 0.5
+    kept = [layer.recovered for layer in judge.quality(figures, pools).layers]
+    assert (kept[1], kept[3]) == (0.375, 0.5)
+
+
+def test_roles_are_those_of_the_graph_that_ran(tokens: list[Tensor]) -> None:
+    """Layer 2 reads tokens that others do not, so nobody chooses for it: it stays dense."""
+    model = Ahead()
+    quality = clsa_compile.evaluate(model, {**OPTIONS, "share": "FSSS"}, tokens)
+    assert quality.schedule == "FSFS"
+    assert [layer.anchor for layer in quality.layers] == [None, 0, None, 0]
+    assert [layer.recovered is None for layer in quality.layers] == [True, False, True, False]
+
+
+def test_lengths_that_run_different_schedules_are_an_error(tokens: list[Tensor]) -> None:
+    """Only from 64 tokens on does layer 2 read others."""
+    longer = torch.cat([tokens[0], tokens[1]], 1)
+    with pytest.raises(OptionError, match="sequences of 48 tokens run FSSS, of 96 FSFS; give sequences of"):
+        clsa_compile.evaluate(Ahead(least=64), {**OPTIONS, "share": "FSSS"}, [tokens[0], longer])
+
+
+class Ahead(nn.Module):
+    """A decoder of four layers, the third of which reads four tokens ahead where there are enough."""
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(128, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(4))
+        self.head = nn.Linear(16, 128)
+        self.least = least
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, at = self.embed(ids), torch.arange(ids.shape[1])
+        causal = at[None] <= at[:, None]
+        for i, layer in enumerate(self.layers):
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer(x).chunk(3, -1))
+            ahead = i == 2 and ids.shape[1] >= self.least
+            mask = causal | (at < 4)[None] if ahead else causal
+            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = x + y.transpose(1, 2).flatten(2)
+        logits: Tensor = self.head(x)
+        return logits
 
 
 def test_more_tokens_are_nearer_and_all_of_them_are_the_model(model: Any, tokens: list[Tensor]) -> None:
@@ -128,6 +183,8 @@ def test_a_plan_of_another_model_is_an_error(tokens: list[Tensor], found: Found)
         ({**OPTIONS, "share": "SFFFF"}, {}, "before the first F"),
         ({**OPTIONS, "share": "FSSS"}, {}, "'FSSS' is for 4 layers; this graph has 5"),
         ({**OPTIONS, "topk": 40}, {}, "a sequence of 48 tokens is too short for topk=40"),
+        ({**OPTIONS, "dense_below": 50}, {}, "48 tokens is too short for dense_below=50"),
+        ({**AGAIN, "pool": 40}, {}, "48 tokens is too short for pool=40"),
         ("nowhere.json", {}, "'nowhere.json' cannot be read"),
         (OPTIONS, {"skip": 47}, "skip=47 leaves nothing to score of 48 tokens"),
         (OPTIONS, {"skip": -1}, "skip=-1 leaves nothing"),
