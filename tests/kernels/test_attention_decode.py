@@ -245,7 +245,15 @@ def facts(**changes: Any) -> Facts:
 def test_what_is_refused_has_a_reason() -> None:
     assert supports(facts()).ok
     assert supports(facts(H=256, Hkv=1)).ok, "in blocks of heads"
-    for changes in ({"S": 9}, {"S": None}, {"D": 1024}, {"dtype": torch.float64}):
+    for changes in (
+        {"S": 9},
+        {"S": None},
+        {"D": 1024},
+        {"dtype": torch.float64},
+        {"mixed": True},
+        {"B": 0},
+        {"T": 0},
+    ):
         support = supports(facts(**changes))
         assert not support.ok
         assert support.reason

@@ -96,7 +96,7 @@ def test_what_is_refused_has_a_reason() -> None:
         "additive": True, "lse_used": True,
     }  # fmt: skip
     assert supports(Facts(**known)).ok
-    for changes in ({"dtype": torch.float64}, {"D": 512}):
+    for changes in ({"dtype": torch.float64}, {"D": 512}, {"mixed": True}, {"B": 0}, {"T": 0}):
         support = supports(Facts(**(known | changes)))
         assert not support.ok
         assert support.reason
