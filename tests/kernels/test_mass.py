@@ -131,8 +131,8 @@ def test_the_tokens_of_largest_mass_and_the_ends(
 
 
 @pytest.mark.gpu  # the interpreter runs programs one after the other
-def test_anchors_say_the_same_on_every_launch(run: Run) -> None:
+def test_anchors_say_the_same_on_every_launch(run: Run, repeats: range) -> None:
     torch.manual_seed(0)
     arguments = operands("cuda", (2, 8, 2, 1, 3000, 64, 64), 2, power=0.5)
-    results = [run("attention_mass", "decode", *arguments)[1] for _ in range(100)]
+    results = [run("attention_mass", "decode", *arguments)[1] for _ in repeats]
     assert all(torch.equal(results[0], other) for other in results[1:])
