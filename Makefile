@@ -34,7 +34,6 @@ help:
 	@echo "make kernels  compile every kernel for every GPU architecture, no GPU needed"
 	@echo "make gpu      the GPU tests and the kernels' times (one CUDA GPU, about 10 minutes)"
 	@echo "make bench    whole decode steps against Inductor (one CUDA GPU)"
-	@echo "make bench    the decode benchmark alone"
 	@echo "make clean    remove .venv, caches and results"
 
 venv: $(READY)

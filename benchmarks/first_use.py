@@ -41,9 +41,9 @@ def normal(*sizes: int) -> Tensor:
 
 def dense_step() -> None:
     """One layer of a Llama: dense decode over a static cache."""
-    q, k = normal(1, 24, 1, 128), normal(1, 8, T, 128)
+    q, k, v = normal(1, 24, 1, 128), normal(1, 8, T, 128), normal(1, 8, T, 128)
     mask = torch.ones(1, 1, 1, T, dtype=torch.bool, device="cuda")
-    torch.ops.clsa.attention(q, k, k, mask, None, [], None, 128**-0.5, 0.0, "")
+    torch.ops.clsa.attention(q, k, v, mask, None, [], None, 128**-0.5, 0.0, "")
 
 
 def sparse_steps() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,15 @@ def run(op: str, variants: tuple[Variant, ...], *args: Any) -> Any:
     if values.get("dense_below"):
         # A kernel takes these bounds as exact, and a caller's may be loose: without any it computes its own.
         args = tuple(None if name == "bounds" else value for name, value in values.items())
-    return variant.launch(*args, wrap=lambda kernel: kernel)
+    with _made_current(args[0].device):
+        return variant.launch(*args, wrap=lambda kernel: kernel)
+
+
+def _made_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context in which Triton launches on `device`, not on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _on_cuda(op: str) -> Callable[..., Any]:

@@ -35,6 +35,15 @@ def unsupported_dtype(dtype: torch.dtype) -> str:
     return "" if dtype in known else f"{dtype} is not one of float16, bfloat16, float32"
 
 
+def unsupported_operands(facts: Facts) -> str:
+    """Returns why operands cannot be computed with, or nothing."""
+    if 0 in (facts.B, facts.T):
+        return "no sequence or no key"
+    if facts.mixed:
+        return "queries, keys and values are not of one dtype"
+    return unsupported_dtype(facts.dtype)
+
+
 def static(size: Any) -> bool:
     """Tells whether a size is known while the graph is traced."""
     return isinstance(size, int)
@@ -91,7 +100,7 @@ def query_rows(rows: int) -> int:
 
 def unsupported_tile(facts: Facts, rows: int) -> str:
     """Returns why `rows` query rows of these heads cannot be one tile in registers, or nothing."""
-    if reason := unsupported_dtype(facts.dtype):
+    if reason := unsupported_operands(facts):
         return reason
     width = max(padded_width(facts.D), padded_width(facts.Dv))
     if rows <= MOST_ROWS and width <= MOST_WIDTH and query_rows(rows) * width <= MOST_SUMS:

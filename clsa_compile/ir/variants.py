@@ -19,7 +19,8 @@ class Facts:
     B, H, Hkv, S, T, D, Dv as in `ir/ops.py`; for `index_topk` H counts index heads and D is the width of
     the index. `topk` is K, 0 for dense attention. `paged`: the cache is a pool of pages, and T is M * P.
     `pooled`: only some tokens may be selected, or looked at. `formula`: a predicate alone says which keys a
-    query may read, and it is not just `kv <= q` over as many queries as keys.
+    query may read, and it is not just `kv <= q` over as many queries as keys. `mixed`: q, k and v are not all
+    of one dtype.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Facts:
     paged: bool = False
     pooled: bool = False
     formula: bool = False
+    mixed: bool = False
 
     @classmethod
     def of(cls, op: str, values: Mapping[str, Any], lse_used: bool) -> Facts:
@@ -80,6 +82,7 @@ class Facts:
             paged=pages is not None,
             pooled=values.get(among) is not None,
             formula=mask is None and bool(predicate) and not is_triangle(predicate, s, t),
+            mixed=any(x.dtype != q.dtype for x in (k, values.get("v", k))),
         )
 
 

@@ -23,14 +23,14 @@ from clsa_compile.kernels.launch import (
     parts,
     sinks_arguments,
     strides,
-    unsupported_dtype,
+    unsupported_operands,
 )
 from clsa_compile.kernels.render import kernel
 
 
 def supports(facts: Facts) -> Support:
     """Takes any number of query rows."""
-    if reason := unsupported_dtype(facts.dtype):
+    if reason := unsupported_operands(facts):
         return Support(False, reason)
     if max(facts.D, facts.Dv) > 256:
         return Support(False, f"heads of {max(facts.D, facts.Dv)} do not fit into registers")

@@ -20,6 +20,8 @@ def supports(facts: Facts) -> Support:
     """Takes any S <= DECODE_ROWS."""
     if facts.S is None or facts.S > DECODE_ROWS:
         return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
+    if 0 in (facts.B, facts.T):
+        return Support(False, "no sequence or no key")
     return Support(False, "a cache of pages") if facts.paged else SUPPORTED
 
 

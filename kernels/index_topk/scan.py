@@ -8,14 +8,14 @@ from torch import Tensor
 
 from clsa_compile.ir.scores import Score
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support
-from clsa_compile.kernels.launch import strides, unsupported_dtype
+from clsa_compile.kernels.launch import strides, unsupported_operands
 
 
 def supports_index(facts: Facts) -> Support:
     """Refuses dtypes, index heads that are too wide for one tile, and a choice among some tokens."""
     if facts.pooled:
         return Support(False, "only some tokens may be selected")
-    if reason := unsupported_dtype(facts.dtype):
+    if reason := unsupported_operands(facts):
         return Support(False, reason)
     if facts.D > 576:
         return Support(False, f"index heads of {facts.D} do not fit into shared memory")

@@ -1,12 +1,13 @@
 """Contract ops called by themselves."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from clsa_compile.dispatch import kernels, run
+from clsa_compile.dispatch import _made_current, kernels, run
 from clsa_compile.errors import MissingTritonError
 from clsa_compile.ir.scores import DOT_PRODUCT
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
@@ -51,6 +52,35 @@ def test_the_reference_runs_where_no_variant_can(caplog: pytest.LogCaptureFixtur
         out, _ = run("attention", (refusing,), *args)
     torch.testing.assert_close(out, torch.ops.clsa.attention(*args)[0])
     assert "one: too odd" in caplog.text
+
+
+def test_kernels_are_launched_where_their_operands_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        with _made_current(torch.device(device)):
+            pass
+    assert entered == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(("b", "t"), [(0, 50), (2, 0)])
+def test_nothing_is_left_to_the_reference(b: int, t: int, caplog: pytest.LogCaptureFixture) -> None:
+    q, k = torch.randn(b, 4, 1, 32), torch.randn(b, 2, t, 32)
+    with caplog.at_level("DEBUG", "clsa_compile"):
+        index = run("index_topk", kernels(), q, k, *[None] * 4, [], 8, SCALE, DOT_PRODUCT.text, "", False)
+    assert index.shape == (b, 1, 1, 8)
+    assert (index == -1).all()
+    assert "decode: no sequence or no key" in caplog.text
+
+
+def test_numbers_of_two_kinds_are_left_to_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = operands()
+    with caplog.at_level("DEBUG", "clsa_compile"):
+        run("index_topk", kernels(), q, k.half(), *[None] * 4, [], 8, SCALE, DOT_PRODUCT.text, "", False)
+        with pytest.raises(RuntimeError, match="dtype"):
+            run("attention", kernels(), q, k.half(), v.half(), None, None, [], None, SCALE, 0.0, "")
+    assert caplog.text.count("decode: queries, keys and values are not of one dtype") == 2
 
 
 def test_without_triton_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

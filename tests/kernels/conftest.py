@@ -86,6 +86,12 @@ def run() -> Callable[..., Any]:
     return launch
 
 
+@pytest.fixture(scope="session")
+def repeats() -> range:
+    """Counts the launches that must give one result, on a GPU: the interpreter runs programs in order."""
+    return range(100)
+
+
 def widened(value: Any) -> Any:
     """Returns floating tensors in float64, inside lists too."""
     if isinstance(value, list | tuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clsa_compile.ir.references import mask_bounds_reference
 from clsa_compile.ir.variants import Facts
-from clsa_compile.kernels.dense_attention.rows import supports
+from clsa_compile.kernels.dense_attention.rows import plan, supports
 
 Run = Callable[..., Any]
 
@@ -51,6 +51,18 @@ def test_predicates_and_bounds(device: str, run: Run, judge: Any, predicate: str
     judge("attention")(run("attention", "rows", *args), args)
 
 
+def test_what_lies_outside_the_bounds_is_not_read(device: str, run: Run) -> None:
+    predicate = "(kv <= q + 100) & (kv > q + 80)"
+    args = arguments(device, (1, 4, 2, 20, 200, 32, 32), predicate=predicate, bounds=True)
+    block_n = plan(*args[1:3])[1]
+    before = 81 // block_n * block_n
+    assert before > block_n
+    expected = run("attention", "rows", *args)[0]
+    for x in args[1:3]:
+        x[:, :, :before], x[:, :, 120:] = math.nan, math.nan
+    assert torch.equal(run("attention", "rows", *args)[0], expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 90), (2, 4, 40, 90), (1, 1, 40, 90), (40, 90)])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_mask_tensors_sinks_and_softcap(device: str, run: Run, judge: Any, shape: Any, kind: str) -> None:
@@ -89,6 +101,16 @@ def test_on_the_chip(run: Run, judge: Any, sizes: Any, dtype: torch.dtype) -> No
     judge("attention")(run("attention", "rows", *args), args)
 
 
+@pytest.mark.gpu
+def test_every_launch_gives_the_same_bits(run: Run, repeats: range) -> None:
+    torch.manual_seed(0)
+    args = arguments("cuda", (2, 8, 2, 500, 700, 128, 128), torch.bfloat16, predicate="kv <= q", bounds=True)
+    expected = run("attention", "rows", *args)
+    for _ in repeats:
+        for got, want in zip(run("attention", "rows", *args), expected, strict=True):
+            assert torch.equal(got, want)
+
+
 def test_what_is_refused_has_a_reason() -> None:
     known: dict[str, Any] = {
         "op": "attention", "device": "cuda", "dtype": torch.bfloat16, "B": None, "H": 8, "Hkv": 2,
@@ -96,7 +118,7 @@ def test_what_is_refused_has_a_reason() -> None:
         "additive": True, "lse_used": True,
     }  # fmt: skip
     assert supports(Facts(**known)).ok
-    for changes in ({"dtype": torch.float64}, {"D": 512}):
+    for changes in ({"dtype": torch.float64}, {"D": 512}, {"mixed": True}, {"B": 0}, {"T": 0}):
         support = supports(Facts(**(known | changes)))
         assert not support.ok
         assert support.reason

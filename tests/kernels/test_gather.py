@@ -245,24 +245,28 @@ def test_everything_on(run: Run, judge: Any, s: int) -> None:
 
 
 @pytest.mark.gpu
-def test_every_launch_gives_the_same_bits(run: Run) -> None:
+def test_every_launch_gives_the_same_bits(run: Run, repeats: range) -> None:
     torch.manual_seed(0)
     args = arguments("cuda", (2, 24, 8, 1, 40000, 128, 128), 2048, torch.bfloat16)
     expected = run("sparse_attention", "gather", *args)
-    for _ in range(20):
+    for _ in repeats:
         assert torch.equal(run("sparse_attention", "gather", *args), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_offsets_beyond_32_bits(run: Run) -> None:
-    b, h, hkv, t, d, topk = 3, 8, 8, 800_000, 128, 512
-    q = torch.randn(b, h, 1, d, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(b, hkv, t, d, device="cuda", dtype=torch.bfloat16)
-    indices = (t - topk * 7 + 7 * torch.arange(topk, device="cuda", dtype=torch.int32)).view(1, 1, 1, -1)
-    args = (q, k, k, indices.expand(b, 1, 1, topk), None, None, [], None, d**-0.5, 0.0, "")
-    rows = k[:, :, indices.flatten().long()].float()
-    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), rows, rows)
+    """Rows of one sequence lie further apart than 32 bits can say, in K and in V."""
+    t, h, d, topk = 1 << 21, 8, 192, 512
+    q = torch.randn(1, h, 1, d, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.zeros(1, t, h, d, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "kv")
+    indices = t - topk * 7 + 7 * torch.arange(topk, device="cuda", dtype=torch.int32)
+    for x in (k, v):
+        x[:, :, -topk * 7 :] = torch.randn(1, h, topk * 7, d, device="cuda")
+        assert (t - topk * 7) * x.stride(2) > 2**31
+    args = (q, k, v, indices.view(1, 1, 1, -1), None, None, [], None, d**-0.5, 0.0, "")
+    rows = (x[:, :, indices.long()].float() for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), *rows)
     got = run("sparse_attention", "gather", *args)
     torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=2e-2)
 

@@ -173,6 +173,25 @@ def test_what_a_step_has_in_flight_fits(
         assert shape.stages == 1 or shape.stages * step <= device.program_shared
 
 
+def test_tiles_outside_the_bounds_are_not_scored(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicate = "(kv >= 300) & (kv < 400)"
+    args = arguments(device, (1, 4, 1, 1, 700, 32), 20, LIGHTNING.text, predicate=predicate, bounds=True)
+    new_empty = Tensor.new_empty
+
+    def poisoned(x: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        made = new_empty(x, *sizes, **options)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    scores = decode.scan(*args[:7], *args[8:], wrap=lambda kernel: kernel)
+    block_n = decode.plan(args[0], args[1], 1, 700).block_n
+    first, last = 300 // block_n * block_n, -(-400 // block_n) * block_n
+    assert first > 0
+    assert scores[..., :first].isnan().all()
+    assert scores[..., last:].isnan().all()
+    assert not scores[..., first:last].isnan().any()
+
+
 def test_rows_are_scored_a_chunk_at_a_time(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "SCORE_BYTES", 2 * 16 * 2048 * 4)
     args = arguments(
@@ -239,7 +258,7 @@ def test_on_the_chip(run: Run, sizes: Any, topk: int, score: str, dtype: torch.d
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ties_on_the_chip(run: Run, variant: str) -> None:
+def test_ties_on_the_chip(run: Run, variant: str, repeats: range) -> None:
     torch.manual_seed(0)
     mask = torch.rand(2, 1, 4, 70000, device="cuda") < 0.7
     for per_kv_head in (False, True):
@@ -256,7 +275,7 @@ def test_ties_on_the_chip(run: Run, variant: str) -> None:
             whole=True,
         )
         expected = index_topk_reference(*args)
-        for _ in range(20):
+        for _ in repeats:
             assert torch.equal(run("index_topk", variant, *args), expected)
 
 

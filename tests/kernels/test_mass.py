@@ -77,6 +77,18 @@ def test_what_may_not_be_read_has_no_mass(device: str, run: Run) -> None:
     assert (mass[0, :, 0, 301:] == -torch.inf).all()
 
 
+def test_what_is_far_below_the_best_may_still_be_read(device: str, run: Run) -> None:
+    """Scores from -40000 to 40000: further apart than fp16 can say."""
+    arguments = operands(device, (1, 2, 1, 1, 40, 16, 16), dtype=torch.float16)
+    arguments[0][:], arguments[1][:] = 0.0, 0.0
+    arguments[0][..., 0] = 200.0
+    arguments[1][..., 0] = torch.linspace(200, -200, 40)
+    arguments[8] = 1.0
+    mass = run("attention_mass", "decode", *arguments)[1]
+    assert torch.equal(mass, attention_mass_reference(*arguments)[1])
+    assert mass.isfinite().all()
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("options", [{}, {"sinks": True, "power": 0.5}, {"softcap": 3.0, "sets": 3}])
 def test_a_pool_is_all_that_is_looked_at(sizes: Any, options: dict[str, Any], device: str, run: Run) -> None:
@@ -119,8 +131,8 @@ def test_the_tokens_of_largest_mass_and_the_ends(
 
 
 @pytest.mark.gpu  # the interpreter runs programs one after the other
-def test_anchors_say_the_same_on_every_launch(run: Run) -> None:
+def test_anchors_say_the_same_on_every_launch(run: Run, repeats: range) -> None:
     torch.manual_seed(0)
     arguments = operands("cuda", (2, 8, 2, 1, 3000, 64, 64), 2, power=0.5)
-    results = [run("attention_mass", "decode", *arguments)[1] for _ in range(100)]
+    results = [run("attention_mass", "decode", *arguments)[1] for _ in repeats]
     assert all(torch.equal(results[0], other) for other in results[1:])
