@@ -77,7 +77,8 @@ def _pool(dense: Dense, anchor: Layer, members: Sequence[Layer]) -> Pool:
             if member.kv_heads != anchor.kv_heads:
                 raise OptionError(
                     f"scope='kv_head' needs as many kv heads in {member.path} ({member.kv_heads}) as in "
-                    f"{anchor.path} ({anchor.kv_heads}); use scope='layer', or a plan with a head map"
+                    f"{anchor.path} ({anchor.kv_heads}); use scope='layer', or write a plan whose 'rows' say "
+                    "which set each kv head reads (docs/sharing.md)"
                 )
             rows[member.ordinal] = tuple(range(member.kv_heads))
     return Pool(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import clsa_compile
 from clsa_compile.backend import ClsaWarning
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError, StrictError
+from clsa_compile.ir.routing import Layer, Pool
+from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 LAYERS, PROMPT, STEPS, LENGTH, TOLERANCE = 5, 20, 6, 48, 1e-4
@@ -42,9 +45,15 @@ class Oracle:
     name = "clsa_oracle"
 
     def __init__(
-        self, schedule: str, prompts: bool, scope: str = "layer", own: bool = False, below: int = 0
+        self,
+        schedule: str,
+        prompts: bool,
+        scope: str = "layer",
+        own: bool = False,
+        below: int = 0,
+        rows: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
-        self.below = below
+        self.below, self.rows = below, rows or {}
         self.schedule, self.prompts, self.scope, self.own = schedule, prompts, scope, own
         self.chosen: dict[tuple[int, int, int], list[int]] = {}
         self.offered: dict[tuple[int, int, int], list[int]] = {}
@@ -70,7 +79,10 @@ class Oracle:
                 self.offered = self._choose(mass, readable, group, POOL)
         if shared and (role == "S" or self.own):
             few = allowed.expand(scores.shape).sum(-1, keepdim=True) <= self.below
-            scores = scores + torch.where(few, 0.0, self._bias(scores, self.chosen))
+            chosen = self.chosen
+            if own_sets := self.rows.get(module.layer_idx):
+                chosen = {(i, n, row): chosen[i, own_sets[n // group] * group, row] for i, n, row in chosen}
+            scores = scores + torch.where(few, 0.0, self._bias(scores, chosen))
         out = scores.softmax(-1).nan_to_num() @ v
         return out.transpose(1, 2), None
 
@@ -210,6 +222,27 @@ def test_a_set_for_all_heads_or_one_a_kv_head(
     ours = run(traced(model, passes), model.config, "static")
     expected = oracle(model, "static", "FSSFS", prefill == "sparse", scope, own=share == "off")
     assert largest_difference(expected, ours) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefill", ["dense", "sparse"])
+def test_a_kv_head_may_attend_to_the_set_of_another(
+    prefill: str, passes: Any, traced: Any, oracle: Any
+) -> None:
+    """A plan that says so by hand, as no search does: crosswise, one set for both, and none said."""
+    rows = {1: (1, 0), 2: (1, 1), 3: (0, 0)}
+    model = llama(num_attention_heads=4, num_key_value_heads=2)
+    layers = tuple(Layer(i, 4, 2, "", 16, 16, 0.25) for i in range(LAYERS))
+    by_kv_head = ((0.5, 0.5, 0.0, 0.0), (0.0, 0.0, 0.5, 0.5))
+    pool = Pool(0, TOPK["topk"], {0: by_kv_head}, (1, 2, 3, 4), rows, TOPK["keep_first"], TOPK["keep_last"])
+    plan = SharingPlan(layers=layers, pools=(pool,), scope="kv_head", **TOPK)
+    passes.options = Options.read({"share": plan, "prefill": prefill})
+    ours = run(traced(model, passes), model.config, "static")
+    # A layer without an entry reads the first set for all of its heads.
+    expected = oracle(model, "static", "FSSSS", prefill == "sparse", "kv_head", rows=rows | {4: (0, 0)})
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert [p.schedule for p in passes.plans if p.pools] == ["FSSSS"] * (2 if prefill == "sparse" else 1)
+    straight = oracle(model, "static", "FSSSS", prefill == "sparse", "kv_head")
+    assert largest_difference(straight, ours) > TOLERANCE
 
 
 def test_more_tokens_than_keys_is_dense(passes: Any, traced: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from dataclasses import replace
@@ -183,6 +184,51 @@ def test_reclaimed_key_caches_are_not_written(passes: Any, traced: Any) -> None:
     assert empty == [False, True, True, False, True]
     for mine, theirs in zip(ours.cache.layers, expected.cache.layers, strict=True):
         torch.testing.assert_close(mine.keys, theirs.keys, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@functools.cache
+def deepseek() -> nn.Module:
+    return tiny("deepseek_v32", num_hidden_layers=LAYERS, first_k_dense_replace=LAYERS)
+
+
+def handing_on(schedule: str) -> nn.Module:
+    """The model with layers S that attend to what the indexer of the last F selected.
+
+    deepseek_v32 has no schedule in Hugging Face: every indexer runs, and its result is dropped here.
+    """
+    model, last = copy.deepcopy(deepseek()), []
+
+    def selected(module: nn.Module, given: Any, found: torch.Tensor, role: str) -> torch.Tensor:
+        if role == "F":
+            last[:] = [found]
+        return last[0]
+
+    for layer, role in zip(model.model.layers, schedule, strict=True):
+        layer.self_attn.indexer.register_forward_hook(functools.partial(selected, role=role))
+    return model
+
+
+@pytest.mark.parametrize("reclaim", [False, True])
+def test_deepseek_shares_though_it_has_no_schedule_of_its_own(
+    reclaim: bool, passes: Any, traced: Any
+) -> None:
+    passes.options = Options.read({"share": 4, "reclaim": reclaim})
+    model = deepseek()
+    expected = run(handing_on("FSSSF"), model.config, "static")
+    ours = run(traced(model, passes), model.config, "static")
+    assert largest_difference(expected, ours) < TOLERANCE
+    assert largest_difference(run(model, model.config, "static"), ours) > TOLERANCE
+    assert len(passes.plans) == 2
+    for plan, targets in zip(passes.plans, passes.rewritten, strict=True):
+        assert plan.schedule == "FSSSF"
+        assert plan.invalid == ((1, 2, 3) if reclaim else ())
+        assert targets[torch.ops.clsa.index_topk.default] == 2
+        assert targets[torch.ops.clsa.sparse_attention.default] == LAYERS
+        assert targets[torch.ops.aten.topk.default] == 0
+        # K and V of all five, and index keys.
+        assert targets[torch.ops.aten.index_copy_.default] == 2 * LAYERS + (2 if reclaim else LAYERS)
+    empty = [bool((layer.indexer_keys == 0).all()) for layer in ours.cache.layers]
+    assert empty == [False, reclaim, reclaim, reclaim, False]
 
 
 def test_growing_key_caches_stay(passes: Any, traced: Any) -> None:

@@ -65,7 +65,11 @@ def test_a_set_a_kv_head_is_pooled_over_its_heads() -> None:
 
 def test_sets_of_kv_heads_need_as_many_of_them() -> None:
     unlike = [Layer(0, 4, 2, "a"), Layer(1, 4, 4, "b")]
-    with pytest.raises(OptionError, match=r"needs as many kv heads in b \(4\) as in a \(2\)"):
+    message = (
+        r"needs as many kv heads in b \(4\) as in a \(2\); use scope='layer', or write a plan whose 'rows' "
+        r"say which set each kv head reads \(docs/sharing.md\)"
+    )
+    with pytest.raises(OptionError, match=message):
         route(Dense(8, 2, scope="kv_head"))(unlike)
 
 
