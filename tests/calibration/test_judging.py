@@ -168,7 +168,7 @@ def test_results_in_a_folder_are_found_again(
 
 
 def test_a_plan_of_another_model_is_an_error(tokens: list[Tensor], found: Found) -> None:
-    with pytest.raises(PlanError, match="its weights are others, as .*; search for a plan for it"):
+    with pytest.raises(PlanError, match=r"its weights are others, as .*; search for a plan for it"):
         clsa_compile.evaluate(tiny("llama", num_hidden_layers=5), found.plan, tokens)
     with pytest.raises(PlanError, match="it has 3 attentions, the plan's has 5"):
         clsa_compile.evaluate(tiny("llama", num_hidden_layers=3), found.plan, tokens)
