@@ -129,7 +129,7 @@ def uneven(glm: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _captured_once(model: Any, selecting: Any, uneven: Any) -> Iterator[None]:
-    """Captures these models once a length for all tests: that takes longer than anything they do with them."""
+    """Captures these models once a length for all tests: that takes longer than all else that is done."""
     known: dict[tuple[int, int], Forward] = {}
     real = given.fitting
 
