@@ -112,6 +112,9 @@ class MassFinder:
         done = self._shown.stage(f"judging {len(anchors)} anchors", self._numbers[1])
         figures, pools = self._held.measure(_request(plan), plan.digest(), done)
         quality = self._held.quality(figures, pools)
+        if quality.schedule != plan.pattern():
+            # What has another mask than its anchor stays dense, whoever it was to follow.
+            plan = replace(plan, pools=tuple(map(_of_members, pools)))
         return Found(replace(plan, quality=quality.numbers()), quality)
 
     def _plan(self, anchors: tuple[int, ...]) -> SharingPlan:
@@ -156,6 +159,10 @@ class MassFinder:
 
         kept = self._model.stages.data("fitted", [*self._key, anchors, members, sets], make)
         return {int(anchor): tuple(map(tuple, weights)) for anchor, weights in kept.items()}
+
+
+def _of_members(pool: Pool) -> Pool:
+    return replace(pool, rows={m: sets for m, sets in pool.rows.items() if m in pool.members})
 
 
 def _request(plan: SharingPlan) -> Request:

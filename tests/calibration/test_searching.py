@@ -207,6 +207,14 @@ def test_layers_that_break_a_budget_become_anchors(
     assert fewest.plan.pattern().count("S") == 2
 
 
+def test_a_layer_that_stays_dense_is_no_follower_in_the_plan(
+    ahead: Any, tokens: list[Tensor], asked: Asked
+) -> None:
+    made = find(ahead(), tokens, replace(asked, anchors=1, scope="kv_head"), progress=False)
+    assert made.plan.pattern() == made.quality.schedule == "FSFS"
+    assert clsa_compile.evaluate(ahead(), made.plan, tokens[1][1:]).loss == made.quality.loss
+
+
 def test_models_in_half_precision_can_be_searched(tokens: list[Tensor], asked: Asked) -> None:
     half = tiny("llama", num_hidden_layers=3).to(torch.bfloat16)
     assert find(half, tokens, asked, progress=False).plan.pattern().count("F") == 2
