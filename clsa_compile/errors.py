@@ -23,6 +23,10 @@ class DistillError(ClsaError, RuntimeError):
     """Training an index failed; what had been reached is kept."""
 
 
+class KeepError(ClsaError, RuntimeError):
+    """What a long run has finished cannot be kept in its folder; what was kept before is as it was."""
+
+
 class CaptureError(ClsaError, RuntimeError):
     """A graph that could not be brought into the dialect that passes read."""
 

@@ -21,7 +21,7 @@ from clsa_compile.ir.sites import AttentionSite, Operand
 from clsa_compile.ir.tensors import placed
 from clsa_compile.passes.analyze import Order
 from clsa_compile.passes.emit import Emitter
-from clsa_compile.passes.indexing import shape
+from clsa_compile.passes.indexing import shape, sym
 from clsa_compile.passes.rows import Take, Want, rank, reduced
 
 aten = torch.ops.aten
@@ -193,7 +193,9 @@ def _reached(node: Node, axis: int, made: Product) -> set[int]:
     if node.args and node.args[0] is made.node and rank(made.node) == 2 and node.target in _VIEWS:
         whole = shape(made.rows.args[0])[:2] if _is_flat(made) else ()
         return {axis if axis < 2 and shape(node)[:2] == whole else -1}
-    call = reduced(node, axis, Want(shape(node)[axis], 1, None))
+    value = node.meta["val"]
+    part = value[0] if isinstance(value, list | tuple) else value
+    call = reduced(node, axis, Want(sym(part.shape[axis]), 1, None))
     if call is None:
         return {-1}
     taken = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Take)]

@@ -156,7 +156,8 @@ def distill(
     or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
     perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
     `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the same
-    plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails.
+    plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails,
+    KeepError where `folder` is full.
     """
     chosen = groups if groups is None or isinstance(groups, int) else tuple(groups)
     wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from clsa_compile.calibration.mixture import Costs, Selection, Table, fit
 from clsa_compile.calibration.progress import Progress
 from clsa_compile.calibration.records import recorded
 from clsa_compile.config import Options
-from clsa_compile.ir.routing import Pool, Request
+from clsa_compile.ir.routing import Pool, Request, Weights
 from clsa_compile.ir.sharing import SharingPlan
 from clsa_compile.policies import planned
 from clsa_compile.policies.anchors import best, flipped, followers, grown, improved, moves, uniform
@@ -81,17 +82,23 @@ class MassFinder:
 
     def grown(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors with one more: the layer whose followers, and itself, then lose least."""
-        return grown(anchors, self.layers, self._costs.total)
+        make = partial(grown, anchors, self.layers, self._costs.total)
+        return tuple(self._model.stages.data("grown", [*self._key, anchors], make))
 
     def flipped(self, anchors: tuple[int, ...]) -> tuple[int, ...]:
         """Returns anchors after flips that cost hardly more by the mass, and less by the divergence."""
 
         def near(at: tuple[int, ...]) -> list[tuple[int, ...]]:
-            most = NEAR * self._costs.total(at)
-            costs = {move: self._costs.total(move, most) for move in moves(at, self.layers)}
-            return sorted((move for move, cost in costs.items() if cost <= most), key=costs.__getitem__)
+            kept = self._model.stages.data("moves", [*self._key, NEAR, at], partial(self._near, at))
+            return list(map(tuple, kept))
 
         return flipped(self._divergences, anchors, near, FLIPS)
+
+    def _near(self, at: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Returns the moves of one anchor that cost hardly more, the cheapest first."""
+        most = NEAR * self._costs.total(at)
+        costs = {move: self._costs.total(move, most) for move in moves(at, self.layers)}
+        return sorted((move for move, cost in costs.items() if cost <= most), key=costs.__getitem__)
 
     def _divergences(self, anchors: tuple[int, ...]) -> list[float]:
         plan = self._plan(anchors)
@@ -105,6 +112,9 @@ class MassFinder:
         done = self._shown.stage(f"judging {len(anchors)} anchors", self._numbers[1])
         figures, pools = self._held.measure(_request(plan), plan.digest(), done)
         quality = self._held.quality(figures, pools)
+        if quality.schedule != plan.pattern():
+            # What has another mask than its anchor stays dense, whoever it was to follow.
+            plan = replace(plan, pools=tuple(map(_of_members, pools)))
         return Found(replace(plan, quality=quality.numbers()), quality)
 
     def _plan(self, anchors: tuple[int, ...]) -> SharingPlan:
@@ -132,13 +142,27 @@ class MassFinder:
         return Pool(
             anchor=anchor,
             topk=self._selection.topk,
-            sources=fit(self._table, anchors, anchor, members, sets),
+            sources=self._weights(tuple(a for a in anchors if a <= anchor), members, sets),
             members=members,
             rows={m: tuple(range(sets)) for m in members} if sets > 1 else {},
             keep_first=self._selection.keep_first,
             keep_last=self._selection.keep_last,
             power=POWER,
         )
+
+    def _weights(self, anchors: tuple[int, ...], members: tuple[int, ...], sets: int) -> dict[int, Weights]:
+        """Returns the weights of anchors for those that follow the last of them, see `fit`."""
+
+        def make() -> dict[str, Weights]:
+            found = fit(self._table, anchors, anchors[-1], members, sets)
+            return {str(anchor): weights for anchor, weights in found.items()}
+
+        kept = self._model.stages.data("fitted", [*self._key, anchors, members, sets], make)
+        return {int(anchor): tuple(map(tuple, weights)) for anchor, weights in kept.items()}
+
+
+def _of_members(pool: Pool) -> Pool:
+    return replace(pool, rows={m: sets for m, sets in pool.rows.items() if m in pool.members})
 
 
 def _request(plan: SharingPlan) -> Request:

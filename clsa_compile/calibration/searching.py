@@ -46,7 +46,8 @@ def search(
     layers choose (in a dense model they attend to all tokens). With a `budget`, an increase of perplexity
     (0.01 is one percent), layers become anchors too until it holds on the held-out part; without `anchors`
     their least number is found. `folder` keeps finished stages: a search that was killed loses the one that
-    it was in. The same arguments and seed find the same plan. Raises OptionError for what cannot be searched.
+    it was in: a run over one sequence, one fit, or the costs of moving anchors. The same arguments and seed
+    find the same plan. Raises OptionError for what cannot be searched, KeepError where `folder` is full.
     """
     asked = Asked(topk, budget, anchors, scope, keep_first, keep_last, seed)
     return find(model, batches, asked, folder, progress).plan

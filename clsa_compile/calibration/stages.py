@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import KeepError, OptionError
 from clsa_compile.ir import tensors as files
 from clsa_compile.ir.files import write_text
 
@@ -22,7 +23,10 @@ VERSION = 2
 
 
 class Stages:
-    """A folder of finished results, by name and by all that they depend on; without one it keeps none."""
+    """A folder of finished results, by name and by all that they depend on; without one it keeps none.
+
+    Raises KeepError where one cannot be written, on a full disk among others; those before it stay.
+    """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -48,7 +52,8 @@ class Stages:
         except (OSError, ValueError):
             pass  # not there, or cut off by a full disk
         content = json.dumps(make())
-        write_text(path, content)
+        with _kept(path):
+            write_text(path, content)
         return json.loads(content)
 
     def tensors(self, name: str, key: Any, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -59,7 +64,8 @@ class Stages:
         if found is not None:
             return found
         made = make()
-        self.keep(name, key, made)
+        with _kept(self._path(name, key, "safetensors")):
+            self.keep(name, key, made)
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
     def checkpoint(self, name: str, key: Any) -> Mapping[str, Tensor] | None:
@@ -83,6 +89,18 @@ class Stages:
         assert self._folder is not None
         content = json.dumps([VERSION, key], sort_keys=True)
         return self._folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.{ending}"
+
+
+@contextmanager
+def _kept(path: Path) -> Iterator[None]:
+    """Says what to do where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise KeepError(
+            f"a finished stage cannot be kept in {os.fspath(path)!r}: {error}. Those before it are kept; "
+            "make room and run the same again, and it goes on from there"
+        ) from error
 
 
 def _safetensors() -> Any:

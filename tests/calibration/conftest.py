@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clsa_compile.backend import decided
 from clsa_compile.calibration import given, judging
@@ -127,9 +127,39 @@ def uneven(glm: Callable[..., Any]) -> Any:
     return made
 
 
+class Ahead(nn.Module):
+    """A decoder of four layers, the third of which reads four tokens ahead where there are enough."""
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(128, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(4))
+        self.head = nn.Linear(16, 128)
+        self.least = least
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, at = self.embed(ids), torch.arange(ids.shape[1])
+        causal = at[None] <= at[:, None]
+        for i, layer in enumerate(self.layers):
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer(x).chunk(3, -1))
+            ahead = i == 2 and ids.shape[1] >= self.least
+            mask = causal | (at < 4)[None] if ahead else causal
+            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = x + y.transpose(1, 2).flatten(2)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.fixture(scope="session")
+def ahead() -> type[nn.Module]:
+    """What makes a decoder of which one layer stays dense, whatever is asked."""
+    return Ahead
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _captured_once(model: Any, selecting: Any, uneven: Any) -> Iterator[None]:
-    """Captures these models once a length for all tests, which takes longer than what they do."""
+    """Captures these models once a length for all tests: that takes longer than all else that is done."""
     known: dict[tuple[int, int], Forward] = {}
     real = given.fitting
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import clsa_compile
 from clsa_compile.calibration import distilling
 from clsa_compile.calibration.distilling import Wanted, train
 from clsa_compile.calibration.finding import Found
+from clsa_compile.calibration.graphs import Forward
 from clsa_compile.calibration.trainer import Training
 from clsa_compile.errors import OptionError, PlanError
 from clsa_compile.testing import tiny
@@ -105,6 +107,83 @@ def test_a_budget_finds_the_fewest_groups(
     grown = train(model, tokens, Wanted(topk=8, budget=0.13, groups=(0, 2)), progress=False).plan
     assert {0, 2} < set(grown)  # type: ignore[call-overload]
     assert len(grown) == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("able", [(0, 1, 2, 3, 4), (0, 2, 3, 4), (0, 3, 4), (0, 1, 3), (0,)])
+def test_groups_begin_only_where_an_index_can_be_made(
+    able: tuple[int, ...], model: Any, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every number of groups their places are the best of all that can be, tried one by one."""
+    lost = torch.rand(5, 5, generator=torch.Generator().manual_seed(3)).triu(1).tolist()
+
+    class Drawn:
+        def __init__(self, *_: Any) -> None:
+            self.pairs = lambda: lost
+
+    def cost(starts: tuple[int, ...]) -> float:
+        return sum(lost[max(s for s in starts if s <= layer)][layer] for layer in range(5))
+
+    def judged(self: Any, anchors: tuple[int, ...]) -> Any:
+        starts = tuple(self._able[a] for a in anchors)
+        return type("Judged", (), {"plan": starts, "quality": _Increase(0.5 / len(anchors))})
+
+    monkeypatch.setattr(Forward, "unable", lambda _: {i: "" for i in range(5) if i not in able})
+    monkeypatch.setattr(distilling, "recorded", lambda *_: None)
+    monkeypatch.setattr(distilling, "Table", Drawn)
+    monkeypatch.setattr(distilling, "Costs", Drawn)
+    monkeypatch.setattr(distilling._Finder, "judged", judged)
+    for count in range(1, len(able) + 1):
+        placed = train(model, tokens, Wanted(topk=8, groups=count), progress=False).plan
+        every = [(0, *rest) for rest in itertools.combinations(able[1:], count - 1)]
+        assert placed == min(every, key=cost)
+    assert train(model, tokens, Wanted(topk=8, budget=1e-9), progress=False).plan == able
+    grown = train(model, tokens, Wanted(topk=8, groups=1, budget=0.26), progress=False).plan
+    assert set(grown) <= set(able)  # type: ignore[call-overload]
+
+
+def test_layers_with_adapters_are_in_groups_that_begin_elsewhere(tokens: list[Tensor]) -> None:
+    adapted = tiny("llama", num_hidden_layers=5)
+    for layer in (1, 2, 3):
+        attention = adapted.model.layers[layer].self_attn
+        attention.q_proj = Adapted(attention.q_proj)
+    plan = clsa_compile.distill(adapted, tokens, topk=8, groups=2, steps=1, progress=False)
+    assert plan.pattern() == "ISSSI"
+
+
+class Adapted(nn.Module):
+    """A product and a smaller one beside it, as LoRA makes them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.up(self.down(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unable", "message"),
+    [
+        (
+            {"groups": 3},
+            {1: "2 products", 2: "2 products", 4: "2 products"},
+            "groups=3: an index cannot begin at layer 1: 2 products. The first group begins at layer 0; "
+            "layers that can begin one: 0, 3. Adapters can be merged into the weights before",
+        ),
+        ({"groups": (0, 2, 4)}, {4: "why"}, "groups=(0, 2, 4): an index cannot begin at layer 4: why."),
+        ({"groups": 1}, {0: "why"}, "groups=1: an index cannot begin at layer 0: why."),
+        ({"budget": 0.1}, {0: "why"}, "the first group: an index cannot begin at layer 0: why."),
+        ({"budget": 0.1}, dict.fromkeys(range(5), "why"), "layers that can begin one: none."),
+    ],
+)
+def test_an_error_names_the_layers_that_can_begin_a_group(
+    wanted: dict[str, Any], unable: dict[int, str], message: str
+) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        Wanted(topk=8, **wanted).able(5, unable)
 
 
 class _Increase:

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clsa_compile.backend import requested
 from clsa_compile.calibration import attend
 from clsa_compile.calibration.attend import Tokens
-from clsa_compile.calibration.graphs import fitting
+from clsa_compile.calibration.graphs import Forward, fitting
+from clsa_compile.calibration.index_training import FORMS
 from clsa_compile.config import Options
 from clsa_compile.errors import OptionError
-from clsa_compile.ir.routing import Pool, Request, Weights
+from clsa_compile.ir.routing import Index, Pool, Request, Weights
 from clsa_compile.testing import tiny
 
 IDS = torch.randint(1, 100, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -189,6 +190,60 @@ def test_any_decoder_will_do() -> None:
         hidden, others = graph.run(ids)
         assert hidden.shape == (1, 40, 16)
         torch.testing.assert_close(graph.logits(hidden[:, 7:9], others), model(ids)[:, 7:9])
+
+
+class Mixed(nn.Module):
+    """Layers whose queries are made otherwise, each in a way that an index may not begin with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(5))
+        self.adapter = nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.randn(1, 2, 1, 40))
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, at = self.embed(ids), torch.arange(ids.shape[1])
+        causal = at[None] <= at[:, None]
+        ahead = causal | (at < 4)[None]
+        added = torch.zeros(40, 40).masked_fill(~causal, -torch.inf)
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer(x).chunk(3, -1)
+            q = q + self.adapter(x) if i == 1 else q
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in (q, k, v))
+            mask = {2: ahead, 3: added + self.bias[:, :1], 4: added + self.bias}.get(i, causal)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+            x = x + y.transpose(1, 2).flatten(2)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Forward:
+    return fitting(Mixed(), IDS % 50)
+
+
+def test_layers_that_cannot_begin_a_group_say_why(mixed: Forward) -> None:
+    why = mixed.unable()
+    assert sorted(why) == [1, 3, 4]
+    assert why[1].startswith("2 products with weights make the queries of ")
+    assert "is added to scores, which an index does not learn" in why[3]
+    assert "differs by head, and an index has one for all" in why[4]
+    with pytest.raises(OptionError, match="an index cannot begin at layer 1: 2 products with weights make"):
+        mixed.product(1)
+
+
+def test_a_layer_of_another_mask_cannot_read_an_index(mixed: Forward) -> None:
+    weight, width = mixed.product(0)
+    index = Index("0", FORMS["mixture"], 0, 2)
+    tensors = {"0.query": weight, "0.head": torch.zeros(2, width), "0.bias": torch.zeros(2)}
+    mixed.probe([Pool(0, 8, {}, (0, 1), index=index)], tensors)
+    with pytest.raises(
+        OptionError, match="layer 2 cannot read an index: it stays dense: it has another mask"
+    ):
+        mixed.probe([Pool(0, 8, {}, (0, 1, 2), index=index)], tensors)
 
 
 class Broken(Bare):

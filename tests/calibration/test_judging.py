@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import clsa_compile
 from clsa_compile.calibration import judging
@@ -91,44 +91,19 @@ def test_a_layer_is_the_mean_of_the_sequences_in_which_it_reads_chosen_tokens(
     assert (kept[1], kept[3]) == (0.375, 0.5)
 
 
-def test_roles_are_those_of_the_graph_that_ran(tokens: list[Tensor]) -> None:
+def test_roles_are_those_of_the_graph_that_ran(ahead: Any, tokens: list[Tensor]) -> None:
     """Layer 2 reads tokens that others do not, so nobody chooses for it: it stays dense."""
-    model = Ahead()
-    quality = clsa_compile.evaluate(model, {**OPTIONS, "share": "FSSS"}, tokens)
+    quality = clsa_compile.evaluate(ahead(), {**OPTIONS, "share": "FSSS"}, tokens)
     assert quality.schedule == "FSFS"
     assert [layer.anchor for layer in quality.layers] == [None, 0, None, 0]
     assert [layer.recovered is None for layer in quality.layers] == [True, False, True, False]
 
 
-def test_lengths_that_run_different_schedules_are_an_error(tokens: list[Tensor]) -> None:
+def test_lengths_that_run_different_schedules_are_an_error(ahead: Any, tokens: list[Tensor]) -> None:
     """Only from 64 tokens on does layer 2 read others."""
     longer = torch.cat([tokens[0], tokens[1]], 1)
     with pytest.raises(OptionError, match="sequences of 48 tokens run FSSS, of 96 FSFS; give sequences of"):
-        clsa_compile.evaluate(Ahead(least=64), {**OPTIONS, "share": "FSSS"}, [tokens[0], longer])
-
-
-class Ahead(nn.Module):
-    """A decoder of four layers, the third of which reads four tokens ahead where there are enough."""
-
-    def __init__(self, least: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(128, 16)
-        self.layers = nn.ModuleList(nn.Linear(16, 48) for _ in range(4))
-        self.head = nn.Linear(16, 128)
-        self.least = least
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x, at = self.embed(ids), torch.arange(ids.shape[1])
-        causal = at[None] <= at[:, None]
-        for i, layer in enumerate(self.layers):
-            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in layer(x).chunk(3, -1))
-            ahead = i == 2 and ids.shape[1] >= self.least
-            mask = causal | (at < 4)[None] if ahead else causal
-            y = nn.functional.scaled_dot_product_attention(q, k, v, mask)
-            x = x + y.transpose(1, 2).flatten(2)
-        logits: Tensor = self.head(x)
-        return logits
+        clsa_compile.evaluate(ahead(least=64), {**OPTIONS, "share": "FSSS"}, [tokens[0], longer])
 
 
 def test_more_tokens_are_nearer_and_all_of_them_are_the_model(model: Any, tokens: list[Tensor]) -> None:

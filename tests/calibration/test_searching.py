@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import clsa_compile
-from clsa_compile.calibration import judging, mass_finder, records
+from clsa_compile.calibration import judging, mass_finder, mixture, records
 from clsa_compile.calibration.finding import Found
 from clsa_compile.calibration.searching import Asked, find
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import KeepError, OptionError
 from clsa_compile.testing import tiny
 
 
@@ -60,14 +62,16 @@ def test_a_killed_search_goes_on_where_it_was(
 
         return run
 
-    for owner, name in ((records, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run")):
+    runs = ((records, "record"), (judging.Judge, "_run"), (judging.Judge, "_dense_run"))
+    for owner, name in (*runs, (mass_finder, "fit"), (mass_finder, "moves")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name), name))
     monkeypatch.setattr(mass_finder, "NEAR", 1.25)  # one flip is likely enough to be tried
     uninterrupted = find(model, tokens, asked, tmp_path / "whole", progress=False).plan
     whole = [made.pop(0) for _ in tuple(made)]
-    fitted = [*["record"] * 3, *["_dense_run"] * 3, *["_run"] * 6]
-    assert whole == [*fitted, "_dense_run", "_run"], "what was held out is judged last, and once"
-    for limit in (2, 4, len(whole) - 1):
+    tried = [*["fit"] * 2, *["_run"] * 3]
+    start = [*["record"] * 3, "moves", "fit", *["_dense_run"] * 3, *["_run"] * 3]
+    assert whole == [*start, *tried, "_dense_run", "_run"], "what was held out is judged last, and once"
+    for limit in (2, 4, 12):
         with pytest.raises(KeyboardInterrupt):
             find(model, tokens, asked, tmp_path, progress=False)
         assert made == whole[:limit]
@@ -75,6 +79,56 @@ def test_a_killed_search_goes_on_where_it_was(
     for _ in range(2):
         assert find(model, tokens, asked, tmp_path, progress=False).plan == uninterrupted
         assert made == whole
+        # Nor are costs of anchors made again, which are looked up in what `moves` and other stages keep.
+        monkeypatch.setattr(mixture.Costs, "total", no_cost)
+
+
+def no_cost(*_: Any) -> float:
+    raise AssertionError("no cost is to be made again")
+
+
+def test_grown_anchors_are_kept(
+    model: Any, tokens: list[Tensor], asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = replace(asked, anchors=1, budget=1e9)
+    plan = find(model, tokens, wanted, tmp_path, progress=False).plan
+    monkeypatch.setattr(mixture.Costs, "total", no_cost)
+    assert find(model, tokens, wanted, tmp_path, progress=False).plan == plan
+
+
+def test_a_full_disk_is_an_error_and_what_was_kept_stays(
+    model: Any,
+    tokens: list[Tensor],
+    asked: Asked,
+    found: Found,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, room = os.replace, 0
+
+    def replace_file(source: Any, target: Any) -> None:
+        nonlocal room
+        if Path(target).name.startswith(f"{stage}-"):
+            room -= 1
+            if room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_file)
+    kept: set[Path] = set()
+    for stage in ("record", "moves", "fitted", "dense", "judged"):
+        room = int(stage == "record")
+        with pytest.raises(KeepError) as error:
+            find(model, tokens, asked, tmp_path, progress=False)
+        said = str(error.value)
+        assert re.search(rf"kept in '{tmp_path}/{stage}-\w+\.\w+': .*No space left on device", said)
+        assert "make room and run the same again, and it goes on from there" in said
+        now = set(tmp_path.iterdir())
+        assert kept < now, "what there was room for is kept"
+        assert not [path for path in now if path.name.startswith(".")]
+        kept = now
+    stage = "none"
+    assert find(model, tokens, asked, tmp_path, progress=False).plan == found.plan
 
 
 def test_flips_of_anchors_follow_the_divergence(
@@ -151,6 +205,14 @@ def test_layers_that_break_a_budget_become_anchors(
     assert none.plan.pools == ()
     fewest = find(model, tokens, replace(asked, anchors=None, budget=0.021), folder, progress=False)
     assert fewest.plan.pattern().count("S") == 2
+
+
+def test_a_layer_that_stays_dense_is_no_follower_in_the_plan(
+    ahead: Any, tokens: list[Tensor], asked: Asked
+) -> None:
+    made = find(ahead(), tokens, replace(asked, anchors=1, scope="kv_head"), progress=False)
+    assert made.plan.pattern() == made.quality.schedule == "FSFS"
+    assert clsa_compile.evaluate(ahead(), made.plan, tokens[1][1:]).loss == made.quality.loss
 
 
 def test_models_in_half_precision_can_be_searched(tokens: list[Tensor], asked: Asked) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from clsa_compile.calibration.stages import Stages
-from clsa_compile.errors import OptionError
+from clsa_compile.errors import KeepError, OptionError
 
 
 class Counted:
@@ -63,6 +65,38 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             getattr(Stages(tmp_path), kind)("thing", 0, fail)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["data", "tensors"])
+def test_a_full_disk_names_the_file_and_the_way_out(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Counted({"x": 1.25} if kind == "data" else {"x": torch.arange(3.0)})
+    stages = Stages(tmp_path)
+    getattr(stages, kind)("thing", 0, made)
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(
+            KeepError, match=rf"{tmp_path}/other-.*No space left .* make room and run the same"
+        ):
+            getattr(stages, kind)("other", 0, made)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    getattr(stages, kind)("other", 0, made)
+    assert made.times == 3
+
+
+def test_what_fails_while_it_is_made_is_not_said_of_the_folder(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("of the model's own file")
+
+    for kind in ("data", "tensors"):
+        with pytest.raises(OSError, match="of the model's own file"):
+            getattr(Stages(tmp_path), kind)("thing", 0, fail)
 
 
 def test_a_folder_that_cannot_be_and_a_missing_package_are_errors(

@@ -179,6 +179,7 @@ def test_a_plan_and_its_file_are_taken(model: Any, hashes: Any, found: Found, tm
         (OPTIONS, {"filler": " "}, "the filler holds no text"),
         (OPTIONS, {"lengths": 150}, "150 tokens are too few for the task 'single_needle': .* at least"),
         ({**OPTIONS, "topk": 210}, {}, "a sequence of 224 tokens is too short for topk=210: .* give 226"),
+        ({**OPTIONS, "dense_below": 210}, {}, "224 tokens is too short for dense_below=210: .* give 226"),
         (OPTIONS, {"lengths": 257}, "a length of 257 is more than the 256 tokens that the model takes"),
     ],
 )

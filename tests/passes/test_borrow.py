@@ -53,6 +53,10 @@ def packed(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return sdpa(heads(F.linear(x, w)[..., : H // 2 * D]), k[:, :2], v[:, :2])
 
 
+def chunked(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return sdpa(heads(F.linear(x, w).chunk(2, -1)[0]), k[:, :2], v[:, :2])
+
+
 @pytest.mark.parametrize(
     ("attend", "rows"),
     [
@@ -61,6 +65,7 @@ def packed(x: Tensor, w: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
         (spelled, (B, S, E)),
         (swapped, (B, S, E)),
         (packed, (B, S, E)),
+        (chunked, (B, S, E)),
     ],
 )
 def test_the_product_is_found(attend: Any, rows: tuple[int, ...], trace: Trace) -> None:
