@@ -221,29 +221,29 @@ class Mixed(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def mixed() -> Forward:
+def two_masks() -> Forward:
     return fitting(Mixed(), IDS % 50)
 
 
-def test_layers_that_cannot_begin_a_group_say_why(mixed: Forward) -> None:
-    why = mixed.unable()
+def test_layers_that_cannot_begin_a_group_say_why(two_masks: Forward) -> None:
+    why = two_masks.unable()
     assert sorted(why) == [1, 3, 4]
     assert why[1].startswith("2 products with weights make the queries of ")
     assert "is added to scores, which an index does not learn" in why[3]
     assert "differs by head, and an index has one for all" in why[4]
     with pytest.raises(OptionError, match="an index cannot begin at layer 1: 2 products with weights make"):
-        mixed.product(1)
+        two_masks.product(1)
 
 
-def test_a_layer_of_another_mask_cannot_read_an_index(mixed: Forward) -> None:
-    weight, width = mixed.product(0)
+def test_a_layer_of_another_mask_cannot_read_an_index(two_masks: Forward) -> None:
+    weight, width = two_masks.product(0)
     index = Index("0", FORMS["mixture"], 0, 2)
     tensors = {"0.query": weight, "0.head": torch.zeros(2, width), "0.bias": torch.zeros(2)}
-    mixed.probe([Pool(0, 8, {}, (0, 1), index=index)], tensors)
+    two_masks.probe([Pool(0, 8, {}, (0, 1), index=index)], tensors)
     with pytest.raises(
         OptionError, match="layer 2 cannot read an index: it stays dense: it has another mask"
     ):
-        mixed.probe([Pool(0, 8, {}, (0, 1, 2), index=index)], tensors)
+        two_masks.probe([Pool(0, 8, {}, (0, 1, 2), index=index)], tensors)
 
 
 class Broken(Bare):
