@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def test_a_plan_of_another_model_is_an_error(
         with pytest.raises(PlanError, match="the plan is for another model"):
             clsa_compile.evaluate(other, searched.plan, tokens)
     ids = torch.ones(1, 32, dtype=torch.long)
-    with pytest.raises(Exception, match="the plan is for 5 layers with an index"):
-        clsa_compile.inspect(
-            tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options={"share": searched.plan}
-        )
+    unnamed = replace(searched.plan, model=None)
+    for plan, message in (
+        (searched.plan, "its weights are others"),
+        (unnamed, "is for 5 layers with an index"),
+    ):
+        with pytest.raises(Exception, match=message):
+            clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options={"share": plan})
 
 
 def test_what_cannot_be_shared_is_not_reported_as_shared(
