@@ -94,7 +94,7 @@ def test_a_plan_of_another_model_is_an_error(
     unnamed = replace(searched.plan, model=None)
     for plan, message in (
         (searched.plan, "its weights are others"),
-        (unnamed, "is for 5 layers with an index"),
+        (unnamed, "for 5 layers with an index"),
     ):
         with pytest.raises(Exception, match=message):
             clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options={"share": plan})
