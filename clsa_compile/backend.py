@@ -350,9 +350,9 @@ def _report(plan: Plan, options: Options) -> None:
         if those:
             found = f"{len(those)} of {len(plan.sites)} attentions do not share as they were asked to"
             _complain(refused, f"{found}: layer {those[0].layer}: {those[0].reason}", options)
-    asked = f"topk={options.topk}" if options.topk is not None else f"share={options.share!r}"
-    if plan.schedule or asked == "share='off'":
+    if plan.schedule or (options.topk is None and options.share == "off"):
         return
+    asked = f"topk={options.topk}" if options.topk is not None else f"share={options.share!r}"
     if not plan.sites:
         nothing = "it holds no attention: it is what a graph break cut off, or the model has none"
         _warn_once("nothing", f"{asked} changes nothing in a graph: {nothing}")

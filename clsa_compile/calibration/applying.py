@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from clsa_compile.calibration.fingerprint import check, of_model
+from clsa_compile.calibration.fingerprint import of_model
 from clsa_compile.errors import PlanError
 from clsa_compile.ir.sharing import SharingPlan
 
@@ -30,7 +30,7 @@ def apply(model: nn.Module, plan: SharingPlan | str | os.PathLike[str]) -> None:
     inner = getattr(model, "_orig_mod", model)
     parameters = dict(inner.named_parameters())
     if found.model is not None:
-        check(found, of_model(inner, found.model.layers, found.tensors))
+        found.check_model(of_model(inner, found.model.layers, found.tensors))
     for name, tensor in found.tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise PlanError(f"the model has no weight {name!r} of shape {list(tensor.shape)}")

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clsa_compile.errors import PlanError
 from clsa_compile.ir.fingerprint import Fingerprint, middles
-from clsa_compile.ir.sharing import SharingPlan
 
-__all__ = ["check", "data_hash", "of_model", "sequence_hash"]
+__all__ = ["data_hash", "of_model", "sequence_hash"]
 
 # Where a table is looked at: what scales rotary embeddings often leaves their first half as it was.
 _LATE = 0.75
@@ -30,14 +28,6 @@ def of_model(model: Any, attentions: int, without: Container[str] = ()) -> Finge
         digest.update(f"{name}{tuple(parameter.shape)};".encode())
     weights = middles((name, p) for name, p in parameters if name not in without)
     return Fingerprint(type(inner).__name__, attentions, digest.hexdigest(), weights, middles(tables, _LATE))
-
-
-def check(plan: SharingPlan, found: Fingerprint) -> None:
-    """Raises PlanError for a model that is not the plan's."""
-    if plan.model is not None and (difference := plan.model.difference(found)):
-        raise PlanError(
-            f"the plan is for another model than this one: {difference}; search for a plan for it"
-        )
 
 
 def sequence_hash(ids: Tensor) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.backend import requested, sharing
-from clsa_compile.calibration.fingerprint import check, of_model
+from clsa_compile.calibration.fingerprint import of_model
 from clsa_compile.calibration.graphs import Change, Forward, Graph, fitting
 from clsa_compile.calibration.stages import Stages
 from clsa_compile.config import Options
@@ -73,9 +73,9 @@ class Model:
     def check(self, asked: Asked) -> None:
         """Raises PlanError for another model's plan, and OptionError for what this one cannot be asked."""
         if asked.own is not None:
-            check(asked.own, self.without(asked.own.tensors))
+            asked.own.check_model(self.without(asked.own.tensors))
         if isinstance(asked.options.share, SharingPlan):
-            check(asked.options.share, self.fingerprint)
+            asked.options.share.check_model(self.fingerprint)
         self.check_topk(asked.topk or None, "'share' alone lets its layers share an index")
 
     def without(self, weights: Container[str]) -> Fingerprint:

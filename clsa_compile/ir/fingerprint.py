@@ -78,17 +78,18 @@ def middles(tensors: Iterable[tuple[str, Tensor]], part: float = 0.5) -> dict[st
 
     Tensors without values are left out: those on the meta device, fake ones, and those that were freed.
     """
-    names, values = [], []
+    found = {}
     for name, tensor in tensors:
         if tensor.is_floating_point() and _has_values(tensor) and not is_traceable_wrapper_subclass(tensor):
-            names.append(name)
-            values.append(tensor.detach().reshape(-1)[int(part * tensor.numel())].float().cpu().item())
-    return {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
+            value = tensor.detach().reshape(-1)[int(part * tensor.numel())].item()
+            found[name] = float(f"{value:.4g}")
+    return found
 
 
 def _has_values(tensor: Tensor) -> bool:
-    freed = tensor.numel() * tensor.itemsize > 0 and not isinstance(tensor, FakeTensor) and not tensor.is_meta
-    return freed and tensor.untyped_storage().nbytes() > 0
+    if isinstance(tensor, FakeTensor) or tensor.is_meta or tensor.numel() == 0:
+        return False
+    return tensor.untyped_storage().nbytes() > 0
 
 
 @torch.no_grad()

@@ -143,8 +143,13 @@ class SharingPlan:
 
     def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Raises PlanError where weights, by name, are not those of the plan's model; some may be missing."""
-        if self.model is not None and (why := self.model.departs(middles(weights))):
-            raise PlanError(f"the plan is for another model than this one: {why}; search for a plan for it")
+        if self.model is not None:
+            _refuse_model(self.model.departs(middles(weights)))
+
+    def check_model(self, found: Fingerprint) -> None:
+        """Raises PlanError for a model that is not the plan's."""
+        if self.model is not None:
+            _refuse_model(self.model.difference(found))
 
     def pattern(self) -> str:
         """Returns the schedule, a letter a layer: S attends to tokens that the last F, or I, chose.
@@ -155,6 +160,11 @@ class SharingPlan:
 
     def __repr__(self) -> str:
         return f"SharingPlan({self.pattern()}, topk={self.topk}, {self.digest()[:12]})"
+
+
+def _refuse_model(why: str) -> None:
+    if why:
+        raise PlanError(f"the plan is for another model than this one: {why}; search for a plan for it")
 
 
 def _check_version(data: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clsa_compile.calibration.finding import Found
-from clsa_compile.calibration.fingerprint import check, data_hash, of_model, sequence_hash
+from clsa_compile.calibration.fingerprint import data_hash, of_model, sequence_hash
 from clsa_compile.errors import PlanError
 from clsa_compile.testing import tiny
 
@@ -54,11 +54,11 @@ def test_one_kind_of_weights_or_another_rope_is_another_model() -> None:
 def test_a_plan_of_another_model_is_an_error(found: Found) -> None:
     plan = found.plan
     assert plan.model is not None
-    check(plan, plan.model)
+    plan.check_model(plan.model)
     with pytest.raises(
         PlanError, match="for another model than this one: it has 6 attentions, the plan's has 5"
     ):
-        check(plan, replace(plan.model, layers=6))
+        plan.check_model(replace(plan.model, layers=6))
 
 
 def test_tokens_are_told_apart() -> None:
