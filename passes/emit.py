@@ -20,6 +20,13 @@ aten = torch.ops.aten
 _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", "seq_nr")
 
 
+def value_of(captured: Captured, target: Any, args: Any, kwargs: Any) -> Any:
+    """Computes the fake value of a call; the graph stays as it is."""
+    values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, (args, kwargs))
+    with captured.fake_mode, _dispatcher(values):
+        return target(*values[0], **values[1])
+
+
 class Emitter:
     """Adds nodes to a graph at its insertion point, on behalf of the node that they replace."""
 
@@ -31,9 +38,7 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Adds a call and computes its fake value."""
         node = self._captured.graph.call_function(target, args, kwargs)
-        values = tree_map(lambda a: a.meta["val"] if isinstance(a, Node) else a, (args, kwargs))
-        with self._captured.fake_mode, _dispatcher(values):
-            node.meta.update(self._meta, val=target(*values[0], **values[1]))
+        node.meta.update(self._meta, val=value_of(self._captured, target, args, kwargs))
         return node
 
     def copy(self, node: Node, renamed: Callable[[Node], Node]) -> Node:

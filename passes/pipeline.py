@@ -31,6 +31,7 @@ from clsa_compile.passes.group import plan
 from clsa_compile.passes.lower import Choice, lower
 from clsa_compile.passes.match import NO_SKIPS, match
 from clsa_compile.passes.number import Merged, merge
+from clsa_compile.passes.owned import make_values
 from clsa_compile.passes.reclaim import reclaim, reclaimable
 from clsa_compile.passes.rewrite import rewrite
 from clsa_compile.passes.savings import savings
@@ -117,6 +118,8 @@ def carry_out(
         if decision.reclaimed:
             reclaim(captured, decision.reclaimed)
         if "early" not in skips:
+            gone = set(make_values(captured))
+            kept = [node for node in kept if node not in gone]
             stop_early(captured)
         if "tables" not in skips:
             keep_tables(captured)

@@ -257,6 +257,25 @@ def _slice(node: Node, axis: int, want: Want) -> Call | None:
     return Call(aten.alias.default, (Take(source, axis),), {})
 
 
+def _slice_scatter(node: Node, axis: int, want: Want) -> Call | None:
+    whole, part = node.args[:2]
+    along = argument(node, 2, "dim", 0) % rank(node)
+    return None if along == axis else _like(node, Take(whole, axis), Take(part, axis))
+
+
+def _select_scatter(node: Node, axis: int, want: Want) -> Call | None:
+    whole, part = node.args[:2]
+    along = int(node.args[2]) % rank(node)
+    return None if along == axis else _like(node, Take(whole, axis), Take(part, axis - (axis > along)))
+
+
+def _repeat(node: Node, axis: int, want: Want) -> Call | None:
+    """Copies along other dimensions."""
+    source, repeats = node.args
+    own = axis - (rank(node) - rank(source))
+    return None if own < 0 or repeats[axis] != 1 else _like(node, Take(source, own))
+
+
 def _select(node: Node, axis: int, want: Want) -> Call | None:
     along = int(node.args[1]) % (rank(node) + 1)
     return _like(node, Take(node.args[0], axis + (axis >= along)))
@@ -381,6 +400,9 @@ _RULES: dict[Any, Rule] = {
     aten.squeeze.dim: _squeeze,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.select_scatter.default: _select_scatter,
+    aten.repeat.default: _repeat,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.split.Tensor: _split,
@@ -389,6 +411,7 @@ _RULES: dict[Any, Rule] = {
     aten.unbind.int: _unbind,
     aten.embedding.default: _embedding,
     aten.floor_divide.default: _pointwise,
+    aten.multiply.Tensor: _pointwise,
     aten.__and__.Tensor: _pointwise,
     aten.__or__.Tensor: _pointwise,
     operator.getitem: _first_only,
@@ -399,6 +422,7 @@ _RULES: dict[Any, Rule] = {
 }
 _RULES |= dict.fromkeys(
     (
+        aten.to.device,
         aten.to.dtype,
         aten.to.dtype_layout,
         aten._to_copy.default,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from clsa_compile.config import Options
 from clsa_compile.testing import cache_difference, tiny
 
 PROMPT, LENGTH, TOLERANCE = 12, 24, 1e-4
@@ -62,10 +63,30 @@ def test_a_prompt_of_unknown_length_needs_no_other_graph(passes: Any) -> None:
     assert [isinstance(r, int) for r in rows] == [False] * 7 + [r == 1 for r in LAST_LAYER]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3n_text", "glm_moe_dsa"])
-def test_other_families_equal_eager(name: str, passes: Any) -> None:
+# Without the pass the head alone runs for one row; in glm_moe_dsa two products of 1 x 1 are beside it.
+@pytest.mark.parametrize(
+    ("name", "whole", "alone"),
+    [("qwen3", 9, 6), ("gemma2", 9, 6), ("gemma3n_text", 38, 41), ("glm_moe_dsa", 17, 6)],
+)
+def test_other_families_equal_eager(name: str, whole: int, alone: int, passes: Any) -> None:
     rows = check(tiny(name, "eager"), passes, "static", 1)
-    assert rows[-1] == 1
+    assert (rows.count(PROMPT), rows.count(1)) == (whole, alone)
+
+
+def test_layers_that_share_keys_and_values_run_for_the_last_row(
+    passes: Any, make_passes: Any, traced: Any
+) -> None:
+    """gemma3n: its last two layers do, and all add to slices of their hidden states in place."""
+    model = tiny("gemma3n_text")
+    without = make_passes(options=Options.read({"skip": "early"}))
+    expected, kept = prompt(traced(model, without), model.config, "static", 1)
+    ours, filled = prompt(traced(model, passes), model.config, "static", 1)
+    torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
+    assert cache_difference(kept, filled, torch.ones(2, LENGTH, dtype=torch.bool)) == 0
+    queries = [
+        [q.meta["val"].shape[2] for _, (q, *_) in calls] for p in (without, passes) for calls in p.calls
+    ]
+    assert queries == [[PROMPT] * 5, [PROMPT, PROMPT, 1, 1, 1]]
 
 
 @torch.no_grad()

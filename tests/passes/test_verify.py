@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clsa_compile.errors import VerifyError
 from clsa_compile.ir.captured import Captured
-from clsa_compile.passes.verify import mutations, verify
+from clsa_compile.passes.analyze import Order
+from clsa_compile.passes.verify import mutations, verify, verify_owned
 
 Trace = Callable[..., Captured]
 
@@ -80,3 +81,24 @@ def test_contract_ops_may_be_left_before_lowering_only(trace: Trace) -> None:
     verify(captured, "rewrite", [])
     with pytest.raises(VerifyError, match="after lower: the contract op attention"):
         verify(captured, "lower", [])
+
+
+def inside(x: Tensor, y: Tensor) -> Tensor:
+    made = x * 2
+    made.add_(y)
+    made[1:].mul_(y[1:])
+    y.sub_(1)
+    return made
+
+
+def test_writes_that_only_the_graph_sees_may_go(trace: Trace) -> None:
+    graph = trace(inside, torch.randn(3), torch.randn(3)).graph
+    first, second, given = mutations(graph)
+    verify_owned(graph, Order(graph), [first, second])
+    with pytest.raises(VerifyError, match="sub_ writes what is seen outside of the graph"):
+        verify_owned(graph, Order(graph), [first, second, given])
+    with pytest.raises(VerifyError, match="add_ goes, but mul_ writes the same memory"):
+        verify_owned(graph, Order(graph), [first])
+    first.args[0].meta["val"] = None
+    with pytest.raises(VerifyError, match="add_ writes what is seen outside of the graph"):
+        verify_owned(graph, Order(graph), [first, second])
