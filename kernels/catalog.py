@@ -10,7 +10,7 @@ from importlib.resources.abc import Traversable
 
 from clsa_compile.ir.variants import Variant
 from clsa_compile.kernels.dense_attention import decode as attention_decode
-from clsa_compile.kernels.dense_attention import mass, sdpa
+from clsa_compile.kernels.dense_attention import mass, mass_rows, sdpa
 from clsa_compile.kernels.dense_attention import pooled as attention_pooled
 from clsa_compile.kernels.dense_attention import rows as attention_rows
 from clsa_compile.kernels.index_topk import choose
@@ -28,6 +28,7 @@ VARIANTS: tuple[Variant, ...] = (
     gather.GATHER,
     mass.MASS,
     attention_pooled.POOLED,
+    mass_rows.ROWS,
     index_pooled.POOLED,
     choose.CHOOSE,
 )

@@ -241,6 +241,18 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "attention", "D=256, rows", _attention(1, 8, 4, 512, 512, 256, 256, bf16, **capped)
     yield "attention", "D=80, rows", _attention(1, 8, 4, 512, 512, 80, 80, bf16)
     yield "attention", "MLA rows", _attention(1, 16, 16, 512, 512, 192, 128, bf16)
+    latent: dict[str, Any] = {"bounds": meta(1, 512, 2, dtype=i32), "predicate": "kv <= q"}
+    several: dict[str, Any] = {"mask": meta(1, 1, 512, 512, dtype=torch.bool), "bounds": latent["bounds"]}
+    yield "attention", "Llama rows, mask", _attention(1, *llama, 512, 512, 128, 128, bf16, **several)
+    yield (
+        "attention",
+        "MLA latent rows, mask",
+        _latent(_attention(1, 128, 1, 512, 512, 576, 512, bf16, **several)),
+    )
+    yield "attention", "MLA latent rows", _latent(_attention(1, 128, 1, 512, 512, 576, 512, bf16, **latent))
+    yield "attention", "MLA absorbed rows", _attention(1, 16, 1, 512, 512, 576, 512, bf16)
+    yield "attention", "D=512, rows", _attention(1, 8, 4, 512, 512, 512, 512, bf16, **capped)
+    yield "attention", "fp32, MLA latent rows", _latent(_attention(1, 16, 1, 512, 512, 576, 512, fp32))
     yield "attention", "fp32, rows", _attention(1, 9, 3, 512, 512, 128, 128, fp32)
     yield "attention", "fp32 D=64", _attention(1, 9, 3, 1, 2048, 64, 64, fp32)
     yield "attention", "fp32 D=128", _attention(1, *llama, 1, t, 128, 128, fp32)
@@ -327,9 +339,34 @@ def _mass_configurations() -> Iterator[tuple[str, str, list[Any]]]:
     weight, pool = meta(1, 24, dtype=torch.float32), meta(1, 1, 1, 4096, dtype=i32)
     alone: list[Any] = [None, None, [], None, 0.1, 0.0, "", 1.0]
     yield "attention_mass", "Llama, a pool of 4096", [q, k, v, weight, *alone, pool]
+    yield from _mass_rows_configurations()
     dsa = _index(1, 64, 1, 1, t, 128, torch.bfloat16, LIGHTNING.text)
     yield "index_topk", "DSA, a pool of 4096", [*dsa, None, pool]
     yield "select_topk", "Llama", [meta(1, 1, 1, t, dtype=torch.float32), bounds[:1], 2048, 4, 32]
+
+
+def _mass_rows_configurations() -> Iterator[tuple[str, str, list[Any]]]:
+    """Yields what anchors run for prompts that attend sparsely: widths, sets, masks, and tokens offered."""
+    i32 = torch.int32
+    causal: dict[str, Any] = {"bounds": meta(1, 512, 2, dtype=i32), "predicate": "kv <= q"}
+    shapes = (
+        ((24, 8), 128, 128, 1, torch.bfloat16, causal),
+        ((24, 8), 128, 128, 8, torch.bfloat16, {**causal, "sinks": meta(24, dtype=torch.bfloat16)}),
+        ((8, 4), 256, 256, 2, torch.bfloat16, {"softcap": 50.0, "mask": meta(1, 1, 512, 512)}),
+        ((16, 16), 192, 128, 1, torch.bfloat16, {"mask": meta(1, 1, 512, 512, dtype=torch.bool)}),
+        ((16, 1), 576, 512, 2, torch.bfloat16, causal),
+        ((9, 3), 64, 64, 3, torch.float32, causal),
+        ((16, 1), 576, 512, 2, torch.float32, causal),
+    )
+    for heads, d, dv, sets, dtype, extra in shapes:
+        q, k, v, *rest = _attention(1, *heads, 512, 512, d, dv, dtype, **extra)
+        weight = meta(sets, heads[0], dtype=torch.float32)
+        yield "attention_mass", f"rows, D={d}, {sets} sets", [q, k, v, weight, *rest, 0.5]
+    pool = meta(1, 1, 512, 64, dtype=i32)
+    q, k, v, *rest = _attention(1, 24, 8, 512, 512, 128, 128, torch.bfloat16, **causal)
+    yield "attention_mass", "rows, among 64", [q, k, v, meta(1, 24, dtype=torch.float32), *rest, 1.0, pool]
+    mass = meta(1, 2, 512, 16384, dtype=torch.float32)
+    yield "select_topk", "rows", [mass, meta(1, 512, 2, dtype=i32), 2048, 4, 32]
 
 
 def recorded() -> Iterator[tuple[str, Launch]]:
@@ -342,9 +379,9 @@ def recorded() -> Iterator[tuple[str, Launch]]:
                 continue
             rows = arguments[0].shape[2]
             few = variant.name in ("decode", "pooled")
-            if few != (rows <= 8) and op in ("attention", "index_topk"):
+            if few != (rows <= 8) and op in ("attention", "index_topk", "attention_mass"):
                 continue
-            if (variant.name == "pooled") != (len(arguments) == POOLED.get(op)):
+            if few and (variant.name == "pooled") != (len(arguments) == POOLED.get(op)):
                 continue
             recorder = Recorder()
             variant.launch(*arguments, wrap=recorder)

@@ -7,8 +7,7 @@ not read again, which would be half of the pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,56 +51,73 @@ def launch(
     wrap: Wrap,
 ) -> tuple[Tensor, Tensor]:
     """Runs `clsa::attention_mass`: out [B, H, S, Dv] in memory order [B, S, H, Dv], mass [B, N, S, T]."""
-    h, t = q.shape[1], k.shape[2]
+    t = k.shape[2]
     scores = decode.Scores.empty(q, k, v, padded(t))
     rest = (mask, bounds, mask_inputs, sinks, scale, softcap, predicate)
     out, lse = decode.launch(q, k, v, *rest, scores=scores, wrap=wrap)
+    mass = lse.new_empty((q.shape[0], weight.shape[0], q.shape[2], t))
+    norm = denominators(lse, sinks)
+
+    def run(part: Tensor, target: Tensor) -> None:
+        _sum(scores, norm, part, bounds, target, power, wrap)
+
+    in_parts(weight, mass, MOST_SETS, run)
+    return out, mass
+
+
+def denominators(lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Returns the softmax's denominators fp32 [B, H, S] in units of log2; `lse` knows of no sinks [H]."""
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(torch.float32).view(1, h, 1))
-    return out, mass(scores, lse * LOG2E, weight, bounds, t, power, wrap)
+        lse = torch.logaddexp(lse, sinks.to(torch.float32).view(1, -1, 1))
+    return (lse * LOG2E).contiguous()
 
 
-def mass(
+def in_parts(weight: Tensor, mass: Tensor, most: int, run: Callable[[Tensor, Tensor], None]) -> None:
+    """Fills mass [B, N, S, T] for weight [N, H]: `run` fills a contiguous part for `most` sets at a time."""
+    sets = weight.shape[0]
+    if sets <= most:
+        run(weight.contiguous(), mass)
+        return
+    for first in range(0, sets, most):
+        part = weight[first : first + most].contiguous()
+        target = mass.new_empty((mass.shape[0], part.shape[0], *mass.shape[2:]))
+        run(part, target)
+        mass[:, first : first + most] = target
+
+
+def _sum(
     scores: decode.Scores,
     norm: Tensor,
     weight: Tensor,
     bounds: Tensor | None,
-    t: Any,
+    mass: Tensor,
     power: float,
     wrap: Wrap,
-) -> Tensor:
-    """Returns mass fp32 [B, N, S, T] of a pass and its denominators [B, H, S], in units of log2."""
+) -> None:
+    """Writes mass of the scores that a pass left behind, and of its denominators [B, H, S]."""
     b, h, s, tpad = scores.below.shape
-    sets = weight.shape[0]
-    out = norm.new_empty((b, sets, s, t))
-    for first in range(0, sets, MOST_SETS):
-        part = weight[first : first + MOST_SETS]
-        whole = sets <= MOST_SETS
-        target = out if whole else norm.new_empty((b, part.shape[0], s, t))
-        jit = kernel("attention_mass", sets=part.shape[0], bounds=bounds is not None, power=power != 1)
-        wrap(jit)[(ceil_div(t, BLOCK_T), b * s)](
-            below_ptr=scores.below,
-            tops_ptr=scores.tops,
-            norm_ptr=norm.contiguous(),
-            weight_ptr=part.contiguous(),
-            mass_ptr=target,
-            T=t,
-            TPAD=tpad,
-            S=s,
-            **bounds_arguments(bounds),
-            POWER=power,
-            H=h,
-            N=part.shape[0],
-            HEADS=min(h, MOST_HEADS),
-            BLOCK_T=BLOCK_T,
-            TILE=scores.plan[2],
-            SUB=min(scores.plan[2], BLOCK_T),
-            num_warps=WARPS,
-            num_stages=1,
-        )
-        if not whole:
-            out[:, first : first + MOST_SETS] = target
-    return out
+    sets, t = weight.shape[0], mass.shape[3]
+    jit = kernel("attention_mass", sets=sets, bounds=bounds is not None, power=power != 1)
+    wrap(jit)[(ceil_div(t, BLOCK_T), b * s)](
+        below_ptr=scores.below,
+        tops_ptr=scores.tops,
+        norm_ptr=norm,
+        weight_ptr=weight,
+        mass_ptr=mass,
+        T=t,
+        TPAD=tpad,
+        S=s,
+        **bounds_arguments(bounds),
+        POWER=power,
+        H=h,
+        N=sets,
+        HEADS=min(h, MOST_HEADS),
+        BLOCK_T=BLOCK_T,
+        TILE=scores.plan[2],
+        SUB=min(scores.plan[2], BLOCK_T),
+        num_warps=WARPS,
+        num_stages=1,
+    )
 
 
 MASS = Variant("attention_mass", "decode", supports, launch)

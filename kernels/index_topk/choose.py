@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clsa_compile.ir.ops import DECODE_ROWS
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.decode import ASSUMED_BATCH
-from clsa_compile.kernels.index_topk.select import padded, segments, select
+from clsa_compile.kernels.index_topk.select import padded, rows_at_once, segments, select
 from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, static
 from clsa_compile.kernels.render import kernel
 
@@ -17,9 +16,7 @@ BLOCK_T = 2048
 
 
 def supports(facts: Facts) -> Support:
-    """Takes any S <= DECODE_ROWS."""
-    if facts.S is None or facts.S > DECODE_ROWS:
-        return Support(False, f"more than {DECODE_ROWS} query rows, or a number not known")
+    """Takes any number of query rows."""
     if 0 in (facts.B, facts.T):
         return Support(False, "no sequence or no key")
     return Support(False, "a cache of pages") if facts.paged else SUPPORTED
@@ -28,26 +25,35 @@ def supports(facts: Facts) -> Support:
 def launch(
     mass: Tensor, bounds: Tensor | None, topk: int, keep_first: int, keep_last: int, *, wrap: Wrap
 ) -> Tensor:
-    """Runs `clsa::select_topk` for S <= DECODE_ROWS: int32 [B, N, S, topk]."""
+    """Runs `clsa::select_topk`: int32 [B, N, S, topk]. Many rows are selected a chunk at a time."""
     b, sets, s, t = mass.shape
-    scores = mass.new_empty((b, sets, s, padded(t)))
-    wrap(kernel("select_keep", bounds=bounds is not None))[(ceil_div(t, BLOCK_T), b * sets * s)](
-        mass_ptr=mass.contiguous(),
-        scores_ptr=scores,
-        T=t,
-        TPAD=scores.shape[3],
-        S=s,
-        **bounds_arguments(bounds),
-        FIRST=keep_first,
-        LAST=keep_last,
-        N=sets,
-        BLOCK_T=BLOCK_T,
-        num_warps=4,
-        num_stages=1,
-    )
+    mass = mass.contiguous()
     out = mass.new_empty((b, sets, s, topk), dtype=torch.int32)
-    lines = (b if static(b) else ASSUMED_BATCH) * sets * s
-    select(scores, bounds, out, 0, t, segments(lines, t, Device.of(mass.device).sms), wrap)
+    sms = Device.of(mass.device).sms
+    batch = b if static(b) else ASSUMED_BATCH
+    chunk = rows_at_once(b, sets, s, t)
+    for first in range(0, s, chunk) if static(s) else (0,):
+        rows = min(chunk, s - first) if static(s) else s
+        scores = mass.new_empty((b, sets, rows, padded(t)))
+        wrap(kernel("select_keep", bounds=bounds is not None))[(b * sets * rows, ceil_div(t, BLOCK_T))](
+            mass_ptr=mass,
+            scores_ptr=scores,
+            S=s,
+            FIRST=first,
+            ROWS=rows,
+            T=t,
+            TPAD=scores.shape[3],
+            **bounds_arguments(bounds),
+            KEEP_FIRST=keep_first,
+            KEEP_LAST=keep_last,
+            N=sets,
+            BLOCK_T=BLOCK_T,
+            num_warps=4,
+            num_stages=1,
+        )
+        # A prompt of unknown length has rows enough to fill the chip with one program each.
+        lines = batch * sets * rows if static(rows) else sms
+        select(scores, bounds, out, first, t, segments(lines, t, sms), wrap)
     return out
 
 

@@ -13,9 +13,8 @@ from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
-from clsa_compile.kernels.index_topk.select import padded, row_bytes, segments, select
+from clsa_compile.kernels.index_topk.select import padded, rows_at_once, segments, select
 from clsa_compile.kernels.launch import (
-    ASSUMED_KEYS,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -28,9 +27,6 @@ from clsa_compile.kernels.launch import (
     strides,
 )
 from clsa_compile.kernels.render import kernel
-
-# The scores of one chunk of query rows, and the candidates listed of them, take at most this much.
-SCORE_BYTES = 256 * 1024 * 1024
 
 
 def supports(facts: Facts) -> Support:
@@ -45,21 +41,6 @@ def plan(d: int, dtype: torch.dtype) -> tuple[int, int, int]:
     # Measured on an H100 with 16 heads of 128: 65% of the rate of a large matmul, 8 warps 55%.
     wide = padded_width(d)
     return (64, 128, 4 if wide <= 128 else 8) if wide <= 256 else (64, 64, 8)
-
-
-def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
-    """Returns how many query rows share one buffer of scores.
-
-    All of them when S is not known: a loop over an unknown number cannot be traced, and the buffer
-    is still smaller than what the same model needs without clsa.
-    """
-    if not static(s):
-        return s
-    line = (b if static(b) else 1) * heads * row_bytes(t if static(t) else ASSUMED_KEYS)
-    fitting = max(SCORE_BYTES // line, 1)
-    if fitting >= s:
-        return s
-    return fitting // 64 * 64 if fitting >= 64 else fitting
 
 
 def launch(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clsa_compile.kernels.launch import (
+    ASSUMED_KEYS,
     Wrap,
     bounds_arguments,
     ceil_div,
@@ -36,6 +37,8 @@ SAMPLE = 2048
 MAX_SAMPLE = 16384
 KEYS_PER_SAMPLE = 128
 WARPS = 8
+# The scores of a chunk of query rows, and the candidates listed of them, take at most this much.
+SCORE_BYTES = 256 * 1024 * 1024
 
 
 def padded(t: Any) -> Any:
@@ -77,6 +80,21 @@ def listed_keys(t: Any, nt: int) -> Any:
 def row_bytes(t: int) -> int:
     """Returns what a row takes in scores and candidates where rows are many, so that each is one segment."""
     return padded(t) * 4 + listed_keys(t, 1) * 8
+
+
+def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
+    """Returns how many query rows share one buffer of scores.
+
+    All of them when S is not known: a loop over an unknown number cannot be traced, and the buffer
+    is still smaller than what the same model needs without clsa.
+    """
+    if not static(s):
+        return s
+    line = (b if static(b) else 1) * heads * row_bytes(t if static(t) else ASSUMED_KEYS)
+    fitting = max(SCORE_BYTES // line, 1)
+    if fitting >= s:
+        return s
+    return fitting // 64 * 64 if fitting >= 64 else fitting
 
 
 def select(

@@ -189,6 +189,7 @@ def test_only_and_minutes_leave_cells_for_later(measured: list[Cell], tmp_path: 
     assert "![tokens a second: h decode](h_decode.png)" in text
 
 
+@pytest.mark.slow
 def test_processes_measure_what_one_does(tmp_path: Path) -> None:
     """In a process of its own: the ones that it starts find its modules again."""
     given = [*TINY, "--out", str(tmp_path / "h"), "--jobs", "2"]
@@ -343,6 +344,7 @@ def test_a_trial_run_measures_everything(tmp_path: Path) -> None:
     assert decoded["cache_bytes"] == decoded["cache_formula"]
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_and_timed(tmp_path: Path) -> None:
     assert headline.main([*TINY, "--out", str(tmp_path / "h"), "--only", "decode", "--variants", "clsa"]) == 0
     found = json.loads((tmp_path / "h.json").read_text())["cells"]["decode/256/1/clsa"]

@@ -228,6 +228,7 @@ def own(tokens: list[Tensor]) -> Found:
     return train(tiny("deepseek_v32"), tokens, Wanted(steps=3), progress=False)
 
 
+@pytest.mark.slow
 def test_a_model_with_indexers_keeps_their_form(own: Found, tokens: list[Tensor], tmp_path: Path) -> None:
     assert own.plan.kind == "own"
     assert own.plan.topk == 8

@@ -55,6 +55,7 @@ def test_what_compiles_is_what_was_judged(
     assert abs(by_hand.loss - searched.quality.loss) < 1e-6
 
 
+@pytest.mark.slow
 def test_moves_of_anchors_follow_the_divergence(
     selecting: Any, tokens: list[Tensor], only_layer_3_matters: None
 ) -> None:
@@ -62,6 +63,7 @@ def test_moves_of_anchors_follow_the_divergence(
     assert find(selecting, tokens, ASKED, progress=False).plan.pattern()[3] == "F"
 
 
+@pytest.mark.slow
 def test_layers_without_an_indexer_follow_the_one_that_they_follow_in_the_model(
     glm: Any, tokens: list[Tensor]
 ) -> None:
@@ -110,6 +112,7 @@ def test_what_cannot_be_shared_is_not_reported_as_shared(
     assert abs(loss(uneven, tokens[1][1:], passes(share="FSSSS")) - quality.loss) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_search_counts_no_savings_that_do_not_happen(uneven: Any, tokens: list[Tensor]) -> None:
     """Layer 2 cannot read the index of layer 1, nor layer 3 that of layer 2."""
     with pytest.raises(

@@ -43,6 +43,7 @@ def test_the_same_arguments_find_the_same_plan(
     assert clsa_compile.search(model, tokens, **settings, progress=False) == found.plan
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was(
     model: Any,
     tokens: list[Tensor],
@@ -131,6 +132,7 @@ def test_a_full_disk_is_an_error_and_what_was_kept_stays(
     assert find(model, tokens, asked, tmp_path, progress=False).plan == found.plan
 
 
+@pytest.mark.slow
 def test_flips_of_anchors_follow_the_divergence(
     model: Any,
     tokens: list[Tensor],

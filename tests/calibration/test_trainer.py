@@ -70,7 +70,7 @@ def test_a_checkpoint_that_finds_no_room_is_an_oserror(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("at", [1, 3, 8])
+@pytest.mark.parametrize("at", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 8))])
 def test_killed_training_goes_on_bit_for_bit(
     at: int, model: Any, tokens: list[Tensor], tmp_path: Path
 ) -> None:
@@ -95,6 +95,7 @@ def test_killed_training_goes_on_bit_for_bit(
     assert finished.plan().weights == whole.plan().weights, "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_other_arguments_do_not_go_on_with_these(model: Any, tokens: list[Tensor], tmp_path: Path) -> None:
     make(model, tokens, tmp_path).run()
     for training in (Training(topk=8, steps=9, rows=16, seed=1), Training(topk=9, steps=9, rows=16)):

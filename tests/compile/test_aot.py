@@ -64,6 +64,7 @@ def test_a_library_that_this_process_has_not_loaded() -> None:
     assert aot._loaded("libnothing.so") is None
 
 
+@pytest.mark.slow
 def test_a_compiler_that_links_its_own_library_into_everything(tmp_path: Path) -> None:
     """Two of C++'s libraries in one process end it; found on a machine that has the static form only."""
     compiler = tmp_path / "g++"

@@ -211,7 +211,12 @@ def test_inductor_compiles_what_was_rewritten(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cache"), [("llama", "dynamic"), ("llama", "static"), ("glm_moe_dsa", "dynamic")]
+    ("name", "cache"),
+    [
+        ("llama", "dynamic"),
+        ("llama", "static"),
+        pytest.param("glm_moe_dsa", "dynamic", marks=pytest.mark.slow),
+    ],
 )
 def test_no_more_graphs_than_with_another_backend_over_fifty_steps(
     name: str, cache: str, passes: Any
@@ -236,6 +241,7 @@ def test_no_more_graphs_than_with_another_backend_over_fifty_steps(
 # -- what is left alone as a whole -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_is_left_alone_with_one_warning_and_right_gradients() -> None:
     model, x = Attention().eval(), torch.randn(B, S, WIDTH)
     model(x).square().sum().backward()

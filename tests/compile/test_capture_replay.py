@@ -88,8 +88,7 @@ def compared(function: Any, *args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 
 # Sizes that are unknown are replayed alike in any family, which two of them show.
 ALWAYS = {
-    ("llama", "static"), ("llama", "dynamic"), ("glm_moe_dsa", "static"), ("glm_moe_dsa", "dynamic"),
-    ("gemma2", "static"), ("gpt_oss", "static"),
+    ("llama", "static"), ("llama", "dynamic"), ("glm_moe_dsa", "static"), ("gemma2", "static"),
 }  # fmt: skip
 NAMES = [
     pytest.param(name, cache, marks=() if (name, cache) in ALWAYS else pytest.mark.slow)

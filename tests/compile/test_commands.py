@@ -47,6 +47,7 @@ def arguments(command: str, folder: Path, *more: str) -> list[str]:
     return [command, str(folder), "--text", *texts, *SETTINGS, *more]
 
 
+@pytest.mark.slow
 def test_a_plan_is_found_and_measured_again(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +117,7 @@ def test_stages_are_kept_beside_the_plan_unless_said_otherwise(
     assert "are kept" not in err
 
 
+@pytest.mark.slow
 def test_indices_are_trained_and_measured_again(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +133,7 @@ def test_indices_are_trained_and_measured_again(
     assert SharingPlan.load(out).pattern() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tasks_are_measured(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = ["--share", "2", "--topk", "48", "--quiet", "--device", "cpu", "--folder", str(tmp_path)]
     few = ["--tasks", "single_needle", "--lengths", "400", "--depths", "0", "0.5", "--samples", "1"]

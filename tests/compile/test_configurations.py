@@ -41,6 +41,7 @@ def test_models_have_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [r.counts()["sparse_attention"] for r in found.reports.values()] == [2, 2]
 
 
+@pytest.mark.slow
 def test_deep_models_are_inspected_in_two_processes_with_the_same_result(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_prompts_stay_dense_and_say_so(passes: Any, traced: Any) -> None:
     assert passes.reasons == ["a prompt: stays dense"] * 2
 
 
+@pytest.mark.slow
 def test_window_layers_are_not_counted(passes: Any, traced: Any) -> None:
     passes.options = Options.read({**TOPK, "share": "FS", "prefill": "sparse"})
     model = tiny("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)

@@ -108,8 +108,8 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
         ("llama", "static", "sparse"),
         ("llama", "dynamic", "dense"),
         ("llama", "none", "sparse"),
-        ("qwen3", "static", "dense"),
-        ("phi3", "dynamic", "sparse"),
+        pytest.param("qwen3", "static", "dense", marks=pytest.mark.slow),
+        pytest.param("phi3", "dynamic", "sparse", marks=pytest.mark.slow),
     ],
 )
 def test_layers_attend_to_what_the_index_of_their_group_ranks_first(
@@ -159,6 +159,7 @@ def test_another_model_is_refused(index_plan: Any) -> None:
         clsa_compile.inspect(other, torch.arange(30)[None], options={"share": replace(plan, model=None)})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_other_weights_of_the_same_shapes_are_refused(index_plan: Any, tmp_path: Path) -> None:
     """By every way of compiling, whatever the module is that the weights lie in."""

@@ -42,6 +42,7 @@ def steps(model: Any, forward: Any) -> Tensor:
     return torch.stack(found, dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_generate_attends_to_what_a_plan_of_trained_indices_selects(
     tmp_path: Path, passes: Any, index_plan: Any

@@ -109,7 +109,7 @@ def by_oracle(model: nn.Module, schedule: str, cache: str) -> Transcript:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("cache", ["static", "none"])
+@pytest.mark.parametrize("cache", [pytest.param("static", marks=pytest.mark.slow), "none"])
 def test_a_group_of_gemma3n_reads_one_index_over_its_keys(cache: str, passes: Any) -> None:
     passes.options = Options.read({**MASS, "share": "FFSSS"})
     model = gemma()

@@ -56,6 +56,7 @@ print(type(compiled._artifacts.compiled_fn).__name__, float(difference) < 1e-6)
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "attention_of_tests.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -91,6 +91,7 @@ def test_plans_with_savings_go_through_json() -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("reclaim", [False, True])
 def test_a_stripped_model_computes_the_same(reclaim: bool) -> None:
@@ -121,6 +122,7 @@ def test_a_stripped_model_computes_the_same_through_inductor() -> None:
     assert (expected - actual).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_stripped_model_never_runs_wrong() -> None:
     model = glm()
     plan_of(model, share=4).strip(model)

@@ -151,6 +151,7 @@ def test_a_pool_that_leaves_nothing_to_choose_is_an_error() -> None:
         clsa_compile.inspect(glm(), input_ids=ids, use_cache=False, options={"share": "FRSSS", "pool": 2})
 
 
+@pytest.mark.slow
 def test_caches_stay_what_eager_makes_them(passes: Any, traced: Any) -> None:
     """The first layers of a run are exact; the index keys of all are written, for an eager step may come."""
     passes.options = Options.read({"share": "FSSSS"})
@@ -231,6 +232,7 @@ def test_deepseek_shares_though_it_has_no_schedule_of_its_own(
     assert empty == [False, reclaim, reclaim, reclaim, False]
 
 
+@pytest.mark.slow
 def test_growing_key_caches_stay(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"share": "FSSSS", "reclaim": True})
     model = glm()
@@ -308,7 +310,7 @@ def test_a_model_without_indexers_has_nothing_to_share(strict: bool) -> None:
                 model(input_ids=ids, use_cache=False)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_prompt_of_no_more_tokens_than_are_selected_is_no_error(attention: str) -> None:
     """Nothing is left undone: every token is selected, which is dense and exact. The same graph at full size
     must still be understood."""
@@ -346,6 +348,7 @@ def test_selections_that_are_not_understood_are_an_error_with_strict() -> None:
         clsa_compile.inspect(hands_on, ids, options=options)
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_number_of_tokens_is_refused() -> None:
     """Layers say nothing of how many tokens their indexers select."""
     ids = torch.ones(1, 16, dtype=torch.long)

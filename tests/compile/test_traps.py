@@ -430,7 +430,7 @@ def logits(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         pytest.param("glm_moe_dsa", "eager", {}, {}, id="additive masks"),
         pytest.param("llama", "sdpa", {}, {**MASS, "share": 2}, id="boolean masks and mass"),
         pytest.param("llama", "eager", {}, {**MASS, "share": "off"}, id="additive masks and mass"),
-        pytest.param("deepseek_v4", "eager", COMPRESSED, {}, id="deepseek_v4"),
+        pytest.param("deepseek_v4", "eager", COMPRESSED, {}, id="deepseek_v4", marks=pytest.mark.slow),
     ],
 )
 def test_no_token_sees_a_later_one(

@@ -79,6 +79,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, [line for line in done.stderr.splitlines() if "] clsa" in line])
 
 
+@pytest.mark.slow
 def test_the_log_has_a_line_a_graph_and_reasons_below(run: Run) -> None:
     info = [line for line in run.log if line.startswith("I")]
     debug = [line for line in run.log if line.startswith("V")]

@@ -11,6 +11,7 @@ from torch import Tensor
 from clsa_compile.ir.references import mask_bounds_reference
 from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.dense_attention.rows import plan, supports
+from clsa_compile.kernels.launch import is_latent
 
 Run = Callable[..., Any]
 
@@ -101,6 +102,36 @@ def test_on_the_chip(run: Run, judge: Any, sizes: Any, dtype: torch.dtype) -> No
     judge("attention")(run("attention", "rows", *args), args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mask", [False, True])
+def test_prompts_over_latent_rows(device: str, run: Run, judge: Any, mask: bool, dtype: torch.dtype) -> None:
+    """MLA as engines hold it: one row of 512 + 64 a token for all heads, values its first 512 columns."""
+    sizes = (1, 3, 1, 37, 50, 576, 512)
+    allowed = torch.rand(1, 1, 37, 50, device=device) < 0.7 if mask else None
+    args = list(arguments(device, sizes, dtype, mask=allowed, predicate="kv <= q + 13", bounds=True))
+    args[2] = args[1][..., :512]
+    assert is_latent(args[1], args[2])
+    judge("attention")(run("attention", "rows", *args), tuple(args))
+    copied = [*args[:2], args[2].clone(), *args[3:]]
+    assert not is_latent(copied[1], copied[2])
+    judge("attention")(run("attention", "rows", *copied), tuple(copied))
+
+
+def test_wide_heads(device: str, run: Run, judge: Any) -> None:
+    args = arguments(device, (1, 2, 1, 20, 40, 320, 288), torch.float16, sinks=True, softcap=5.0)
+    judge("attention")(run("attention", "rows", *args), args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("s", "t", "heads"), [(512, 700, 128), (300, 4096, 16)])
+def test_latent_prompts_on_the_chip(run: Run, judge: Any, s: int, t: int, heads: int) -> None:
+    torch.manual_seed(0)
+    sizes = (2, heads, 1, s, t, 576, 512)
+    args = list(arguments("cuda", sizes, torch.bfloat16, predicate=f"kv <= q + {t - s}", bounds=True))
+    args[2] = args[1][..., :512]
+    judge("attention")(run("attention", "rows", *args), tuple(args))
+
+
 @pytest.mark.gpu
 def test_every_launch_gives_the_same_bits(run: Run, repeats: range) -> None:
     torch.manual_seed(0)
@@ -118,7 +149,7 @@ def test_what_is_refused_has_a_reason() -> None:
         "additive": True, "lse_used": True,
     }  # fmt: skip
     assert supports(Facts(**known)).ok
-    for changes in ({"dtype": torch.float64}, {"D": 512}, {"mixed": True}, {"B": 0}, {"T": 0}):
+    for changes in ({"dtype": torch.float64}, {"D": 640}, {"mixed": True}, {"B": 0}, {"T": 0}):
         support = supports(Facts(**(known | changes)))
         assert not support.ok
         assert support.reason

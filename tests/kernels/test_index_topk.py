@@ -12,7 +12,7 @@ from clsa_compile.ir.references import index_scores_reference, index_topk_refere
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, MASS, MAX_HEAD, SCORES, parse_score
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk import decode
-from clsa_compile.kernels.index_topk import rows as rows_module
+from clsa_compile.kernels.index_topk import select as select_module
 from clsa_compile.kernels.launch import padded_width
 
 Run = Callable[..., Any]
@@ -193,7 +193,7 @@ def test_tiles_outside_the_bounds_are_not_scored(device: str, monkeypatch: pytes
 
 
 def test_rows_are_scored_a_chunk_at_a_time(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "SCORE_BYTES", 2 * 16 * 2048 * 4)
+    monkeypatch.setattr(select_module, "SCORE_BYTES", 2 * 16 * 2048 * 4)
     args = arguments(
         device, (2, 2, 1, 40, 50, 16), 20, LIGHTNING.text, predicate="kv <= q", bounds=True, whole=True
     )

@@ -1,4 +1,4 @@
-"""kernels/dense_attention/mass.py and kernels/index_topk/choose.py against their references."""
+"""kernels/dense_attention/{mass,mass_rows,pooled}.py and kernels/index_topk/choose.py against references."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from clsa_compile.ir.references import attention_mass_reference, mask_bounds_reference, select_topk_reference
+from clsa_compile.kernels.dense_attention import mass_rows
+from clsa_compile.kernels.index_topk import select
 
 Run = Callable[..., Any]
 
@@ -18,6 +20,17 @@ SIZES = [
     (2, 6, 2, 3, 77, 16, 32),
     (2, 3, 3, 1, 1030, 16, 16),
     (1, 2, 1, 2, 1, 16, 16),
+]
+# Many query rows: more and fewer than keys, no multiples of a tile, other widths of values.
+MANY = [
+    (1, 4, 2, 40, 36, 32, 32),
+    (2, 3, 1, 33, 70, 16, 32),
+    (1, 2, 2, 9, 1, 16, 16),
+    (1, 2, 1, 40, 40, 80, 16),
+]
+BOTH = [
+    *((sizes, sets, "decode") for sizes in SIZES for sets in (1, 33)),
+    *((sizes, sets, "rows") for sizes in [SIZES[1], *MANY] for sets in (1, 3)),
 ]
 
 
@@ -53,15 +66,67 @@ def compare(run: Run, arguments: list[Any], variant: str = "decode") -> None:
     torch.testing.assert_close(mass.double(), exact.double(), atol=loose, rtol=max(loose, 1e-4))
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("sets", "power"), [(1, 1.0), (3, 0.5), (33, 1.0)])
-def test_mass_is_what_heads_looked_at(sizes: Any, sets: int, power: float, device: str, run: Run) -> None:
-    compare(run, operands(device, sizes, sets, power=power))
+@pytest.mark.parametrize(("sizes", "sets", "variant"), BOTH)
+def test_mass_is_what_heads_looked_at(sizes: Any, sets: int, variant: str, device: str, run: Run) -> None:
+    compare(run, operands(device, sizes, sets, power=1.0 if sets == 1 else 0.5), variant)
 
 
+@pytest.mark.parametrize("variant", ["decode", "rows"])
 @pytest.mark.parametrize("options", [{"sinks": True}, {"softcap": 3.0}, {"dtype": torch.float16}])
-def test_sinks_softcaps_and_short_numbers(options: dict[str, Any], device: str, run: Run) -> None:
-    compare(run, operands(device, SIZES[1], 2, power=0.5, **options))
+def test_sinks_softcaps_and_short_numbers(
+    options: dict[str, Any], variant: str, device: str, run: Run
+) -> None:
+    compare(run, operands(device, SIZES[1], 2, power=0.5, **options), variant)
+
+
+@pytest.mark.parametrize("sizes", MANY[:2])
+def test_a_prompt_reads_what_is_before_it(sizes: Any, device: str, run: Run) -> None:
+    """Tiles that no row of them may read are not computed, and forbidden all the same."""
+    arguments = operands(device, sizes, 3, predicate="kv <= q")
+    compare(run, arguments, "rows")
+    mass = run("attention_mass", "rows", *arguments)[1]
+    later = torch.ones(sizes[3], sizes[4], dtype=torch.bool, device=device).triu(1)
+    assert torch.equal(mass == -torch.inf, later.expand_as(mass))
+    # Bounds only save time.
+    arguments[5] = None
+    assert torch.equal(run("attention_mass", "rows", *arguments)[1], mass)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_heads_of_a_prompt_may_have_masks_of_their_own(kind: str, device: str, run: Run) -> None:
+    """A token may be read where any head may; the last row may read nothing."""
+    arguments = operands(device, MANY[1], 2)
+    allowed = torch.rand(2, 3, 33, 70, device=device) > 0.7
+    allowed[:, :, -1] = False
+    bias = torch.randn(allowed.shape, device=device)
+    arguments[4] = allowed if kind == "bool" else torch.where(allowed, bias, -torch.inf)
+    compare(run, arguments, "rows")
+
+
+@pytest.mark.parametrize("mask", ["", "bool", "additive", "predicate"])
+def test_a_prompt_may_read_some_tokens_only(mask: str, device: str, run: Run) -> None:
+    arguments = operands(device, MANY[1], 2, sinks=True, predicate="kv >= q" if mask == "predicate" else "")
+    if mask in ("bool", "additive"):
+        allowed = torch.rand(2, 1, 33, 70, device=device) > 0.5
+        arguments[4] = allowed if mask == "bool" else torch.where(allowed, 0.5, -torch.inf)
+    generator = torch.Generator().manual_seed(3)
+    pools = torch.stack([torch.randperm(70, generator=generator)[:40].sort().values for _ in range(66)])
+    pools[5, 20:] = -1
+    pools = pools.view(2, 1, 33, 40).to(device, torch.int32)
+    compare(run, [*arguments, pools], "rows")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(2, 24, 8, 700, 900, 128, 128), (1, 16, 1, 300, 4000, 576, 512)])
+def test_prompts_on_the_chip(sizes: Any, run: Run) -> None:
+    torch.manual_seed(0)
+    arguments = operands("cuda", sizes, 3, torch.bfloat16, sinks=True, power=0.5, predicate="kv <= q + 200")
+    compare(run, arguments, "rows")
+
+
+@pytest.mark.parametrize("n", [mass_rows.MOST_SETS, mass_rows.MOST_SETS + 1])
+def test_sets_are_summed_a_few_at_a_time(n: int, device: str, run: Run) -> None:
+    compare(run, operands(device, MANY[0], n, predicate="kv <= q"), "rows")
 
 
 def test_what_may_not_be_read_has_no_mass(device: str, run: Run) -> None:
@@ -128,6 +193,20 @@ def test_the_tokens_of_largest_mass_and_the_ends(
     whole = torch.rand(1, sets, 1, t, device=device)
     got = run("select_topk", "radix", whole, None, topk, first, last)
     assert torch.equal(got, select_topk_reference(whole, None, topk, first, last))
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(11, (3, 5)), (2, (0, 0))])
+def test_tokens_of_many_rows_are_chosen_a_chunk_at_a_time(
+    rows: int, kept: tuple[int, int], device: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "SCORE_BYTES", 2 * 2 * 4 * 4096 * 4)
+    assert select.rows_at_once(2, 2, 11, 70) == 4
+    mass = torch.randint(0, 9, (2, 2, rows, 70), device=device).float()
+    last = torch.arange(rows, device=device) + 30
+    mass = torch.where(torch.arange(70, device=device) < last[:, None], mass, -torch.inf)
+    bounds = torch.stack((torch.zeros_like(last), last.clamp(max=70)), -1).to(torch.int32).expand(2, rows, 2)
+    got = run("select_topk", "radix", mass, bounds, 20, *kept)
+    assert torch.equal(got, select_topk_reference(mass, None, 20, *kept))
 
 
 @pytest.mark.gpu  # the interpreter runs programs one after the other

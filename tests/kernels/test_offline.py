@@ -17,6 +17,7 @@ from clsa_compile.kernels.offline import Usage, problem, recorded
 WRITTEN = {
     "attention_decode": {"part_ptr", "peak_ptr", "total_ptr", "out_ptr", "lse_ptr", "below_ptr", "tops_ptr"},
     "attention_mass": {"mass_ptr"},
+    "attention_mass_rows": {"mass_ptr"},
     "select_keep": {"scores_ptr"},
     "attention_rows": {"out_ptr", "lse_ptr"},
     "sparse_attention": {"part_ptr", "peak_ptr", "total_ptr", "out_ptr"},

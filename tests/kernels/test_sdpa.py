@@ -98,5 +98,5 @@ def test_what_is_refused_has_a_reason() -> None:
         assert support.reason
     written_out = known | {"formula": True}
     assert "written out it has S x T elements" in supports(Facts(**written_out)).reason
-    assert supports(Facts(**(written_out | {"D": 512}))).ok, "no other kernel takes such wide heads"
+    assert supports(Facts(**(written_out | {"D": 640}))).ok, "no other kernel takes such wide heads"
     assert supports(Facts(**(written_out | {"device": "cpu"}))).ok, "there is no other kernel"

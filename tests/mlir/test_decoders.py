@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "glm_moe_dsa": ({"share": 2}, {"index_topk": 1, "sparse_attention": 2}),
     "deepseek_v32": ({"share": 2}, {"index_topk": 1, "sparse_attention": 2}),
 }
-LONG = {"qwen3", "deepseek_v32"}
+LONG = {"qwen3", "glm_moe_dsa", "deepseek_v32"}
 CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in MODELS]
 
 
@@ -107,6 +107,7 @@ class YocoStep(nn.Module):
         return self.model(ids, positions, cache)
 
 
+@pytest.mark.slow
 def test_the_yoco_models_prompt_and_step(
     tmp_path: Path, rewritten: Callable[..., ExportedProgram], varying: dict[int, Any]
 ) -> None:

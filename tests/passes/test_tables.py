@@ -55,6 +55,7 @@ def test_a_table_that_layers_read_is_held_once_behind_its_casts(trace: Trace) ->
     assert torch.equal(captured.module(*args), two_layers(*args))
 
 
+@pytest.mark.slow
 def test_inductor_computes_a_held_table_once(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU Inductor has a rule of its own for exp but none for sines, as on a GPU."""
     args = torch.randn(2, 5, 3), torch.arange(5)

@@ -71,6 +71,7 @@ def test_what_agrees_is_compared_whole(kind: str) -> None:
     assert str(made).startswith("clsa agrees: all 2 attentions and 5 tensors")
 
 
+@pytest.mark.slow
 def test_inductor_and_clsa_stand_side_by_side() -> None:
     made = step(tiny("llama", num_hidden_layers=1))
     assert made.ok
@@ -89,6 +90,7 @@ def test_a_broken_layer_is_found_and_named(broken: Broken) -> None:
     assert str(made).startswith("layer 2 (model.layers.2.self_attn) departs by ")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_several_broken_layers_are_all_named(broken: Broken) -> None:
     broken(0, 2)
@@ -123,6 +125,7 @@ def test_a_model_without_float64_is_compared_with_eager() -> None:
     assert all(d.eager == 0 for d in made.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_options_that_change_results_are_said_to() -> None:
     made = step(

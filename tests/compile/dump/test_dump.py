@@ -112,6 +112,7 @@ def test_stages_are_timed(dumped: Path) -> None:
     assert seconds["capture"] > 0
 
 
+@pytest.mark.slow
 def test_the_script_runs_alone_and_finds_no_difference(dumped: Path, tmp_path: Path) -> None:
     script = tmp_path / "elsewhere" / "repro.py"
     script.parent.mkdir()

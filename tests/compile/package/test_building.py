@@ -96,6 +96,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_what_a_package_holds(small: Any, decoder: Any) -> None:
     with zipfile.ZipFile(decoder.path) as archive:
         names = {entry.filename.partition("/")[2] for entry in archive.infolist()}

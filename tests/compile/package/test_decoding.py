@@ -20,7 +20,6 @@ from clsa_compile.testing import tiny
 
 FAMILIES = ("llama", "qwen3", "deepseek_v32", "glm_moe_dsa")
 # Their like is among the others: native code of a dense decoder, and a sparse one as it is here.
-SLOW = ("llama", "qwen3", "glm_moe_dsa")
 STEPS = 16
 # (batch, tokens of the prompt, slots of the cache); programs are traced with 3, 7 and others.
 SIZES = ((1, 5, 40), (2, 12, 29), (4, 3, 33))
@@ -112,9 +111,8 @@ def exported(model: Any, path: Path, is_padded: bool, **settings: Any) -> Any:
     return clsa_compile.export(model, (ids,), given, path=path, **settings)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_exported_programs_equal_eager(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     is_padded = name in ("qwen3", "glm_moe_dsa")
@@ -167,6 +165,7 @@ def test_a_decoder_that_shares(tmp_path: Path, passes: Any) -> None:
     same_as_compiled(model, made, passes)
 
 
+@pytest.mark.slow
 def test_a_plan_with_indices_that_were_trained(tmp_path: Path, passes: Any, index_plan: Any) -> None:
     """Their weights become part of the package, also where those of the model do not."""
     model = tiny("llama", num_hidden_layers=4)
