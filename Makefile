@@ -25,11 +25,12 @@ READY := $(STAMP)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint kernels gpu bench clean
+.PHONY: help venv demo test slow lint kernels gpu bench clean
 
 help:
 	@echo "make demo     generate text with a small trained model: eager, Inductor and clsa"
-	@echo "make test     the tests that need no GPU (add PYTEST_ARGS=--slow for the long ones)"
+	@echo "make test     the tests that need no GPU and no patience: about 15 minutes on two cores"
+	@echo "make slow     the others of them (PYTEST_ARGS=--exhaustive for all there is, which takes hours)"
 	@echo "make lint     ruff and mypy"
 	@echo "make kernels  compile every kernel for every GPU architecture, no GPU needed"
 	@echo "make gpu      the GPU tests and the kernels' times (one CUDA GPU, about 10 minutes)"
@@ -59,6 +60,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
 	  $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+slow: $(READY)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	  $(RUN) -m pytest -q -n $(JOBS) --dist worksteal --slow -m "slow or exhaustive" $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

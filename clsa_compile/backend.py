@@ -124,7 +124,7 @@ def transform(gm: GraphModule, options: Options, watch: Watch | None = None) -> 
 
 
 def _transformed(gm: GraphModule, captured: Captured, options: Options, watch: Watch) -> GraphModule:
-    captured, decision = carried_out(captured, options, watch)
+    captured, decision = carried_out(captured, options, watch, may_wait=True)
     if not _does_something(decision.plan):
         return gm  # nothing to gain from another dialect
     name_buffers(captured.module)
@@ -137,11 +137,12 @@ def carried_out(
     watch: Watch,
     observe: Observer | None = None,
     look: Callable[[Decision], None] | None = None,
+    may_wait: bool = False,
 ) -> tuple[Captured, Decision]:
     """Takes a graph through the whole pipeline; returns it lowered, or as it was where nothing is to be done.
 
     `observe` is told of each stage besides `watch`, and `look` of the decision, before the graph changes.
-    This is what both ways of compiling do, `torch.compile` and `export`.
+    This is what both ways of compiling do, `torch.compile` and `export`. `may_wait` is as in `lower`.
     """
 
     def reached(stage: str, graph: Captured) -> None:
@@ -158,7 +159,7 @@ def carried_out(
     _report(decision.plan, options)
     if _does_something(decision.plan):
         variants = variants_for(captured, options)
-        captured, choices = carry_out(captured, decision, variants, _wrap_triton, reached)
+        captured, choices = carry_out(captured, decision, variants, _wrap_triton, reached, may_wait)
         watch.choices(choices)
         _count_choices(decision.plan)
     watch.transformed(decision.plan)

@@ -79,7 +79,8 @@ class Watch:
         _trace("clsa_choices", "json", lambda: json.dumps([asdict(choice) for choice in choices]))
         self._dump("choices", choices)
         for choice in choices:
-            log.debug("clsa: %s -> %s %s", choice.op, choice.variant, "; ".join(choice.passed_over))
+            when = " when it is called" if choice.waits else ""
+            log.debug("clsa: %s -> %s%s %s", choice.op, choice.variant, when, "; ".join(choice.passed_over))
 
     def stopped(self, stage: Stopped) -> None:
         """Is told that a graph goes to Inductor as it was after a stage."""

@@ -2,7 +2,7 @@
 
 On CUDA that is a kernel variant's launch, whose Triton calls become nodes that Inductor plans, fuses
 around and captures; elsewhere, and where no variant fits, it is the reference. After it no `clsa::`
-node is left.
+node is left, but for those that wait until sizes are known (`Variant.waits`) in graphs that Python runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from clsa_compile.passes.tidy import drop_dead
 class Choice:
     """What one contract op became: a variant's name or "reference", and why others were passed over.
 
-    `like` is the first node that was lowered in the very same way, itself where it is the first.
+    `like` is the first node that was lowered in the very same way, itself where it is the first. `waits` says
+    that the op stays, and the variant is launched when it is called.
     """
 
     node: str
@@ -40,14 +41,16 @@ class Choice:
     variant: str
     passed_over: tuple[str, ...]
     like: str
+    waits: bool = False
 
 
 def lower(
-    captured: Captured, variants: tuple[Variant, ...], wrap: Callable[[Any], Any]
+    captured: Captured, variants: tuple[Variant, ...], wrap: Callable[[Any], Any], may_wait: bool = False
 ) -> tuple[Captured, tuple[Choice, ...]]:
     """Replaces the contract ops of a graph; returns the graph and the choices.
 
-    `variants` are tried in order; `wrap` makes a Triton kernel traceable.
+    `variants` are tried in order; `wrap` makes a Triton kernel traceable. `may_wait`: Python runs the graph,
+    so ops may stay in it.
     """
     choices = []
     _drop_loose_bounds(captured)
@@ -59,7 +62,11 @@ def lower(
         if not node.users:
             captured.graph.erase_node(node)
             continue
-        variant, reasons = select(variants, facts_of(node, op))
+        facts = facts_of(node, op)
+        variant, reasons = select(variants, facts)
+        if variant is not None and may_wait and variant.waits(facts):
+            choices.append(Choice(node.name, op, variant.name, reasons, node.name, waits=True))
+            continue
         if variant is not None:
             _pin_strides(captured, node)
         key = (op, variant.name if variant else "", _signature(node))

@@ -108,8 +108,12 @@ def carry_out(
     variants: tuple[Variant, ...],
     wrap: Callable[[Any], Any],
     observe: Observer | None = None,
+    may_wait: bool = False,
 ) -> tuple[Captured, tuple[Choice, ...]]:
-    """Rewrites and lowers a graph as decided. `observe(stage, captured)` is called after each pass."""
+    """Rewrites and lowers a graph as decided. `observe(stage, captured)` is called after each pass.
+
+    `may_wait` is as in `lower`.
+    """
     observe = observe or _unobserved
     skips = decision.skips
     kept = [node for node in mutations(captured.graph) if node not in decision.reclaimed]
@@ -126,8 +130,8 @@ def carry_out(
         verify(captured, "rewrite", kept)
     observe("rewritten", captured)
     with _named("lower"):
-        captured, choices = lower(captured, without(variants, skips), wrap)
-        verify(captured, "lower", kept)
+        captured, choices = lower(captured, without(variants, skips), wrap, may_wait)
+        verify(captured, "lower", kept, [choice.node for choice in choices if choice.waits])
     observe("lowered", captured)
     return captured, choices
 

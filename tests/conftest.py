@@ -12,11 +12,12 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--exhaustive", action="store_true", help="also run the tests marked exhaustive")
 
 
-def unwanted_markers(*, has_gpu: bool, slow: bool) -> frozenset[str]:
+def unwanted_markers(*, has_gpu: bool, slow: bool, exhaustive: bool) -> frozenset[str]:
     """Names the markers whose tests are left out."""
-    wanted = {"gpu": has_gpu, "slow": slow}
+    wanted = {"gpu": has_gpu, "slow": slow, "exhaustive": exhaustive}
     return frozenset(marker for marker, is_wanted in wanted.items() if not is_wanted)
 
 
@@ -35,7 +36,8 @@ def split(
 # Last, so that -k and -m have had their say and the counts stay true.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = unwanted_markers(has_gpu=torch.cuda.is_available(), slow=config.getoption("--slow"))
+    given = {name: config.getoption(f"--{name}") for name in ("slow", "exhaustive")}
+    unwanted = unwanted_markers(has_gpu=torch.cuda.is_available(), **given)
     kept, left_out = split(items, unwanted)
     if left_out:
         # Deselected, not skipped: a skip is a promise to look at it, and this needs no look.

@@ -106,13 +106,16 @@ class Variant:
     """One implementation of a contract op.
 
     `launch` takes the contract op's arguments, and `wrap`, through which every Triton kernel is called:
-    the identity in eager code, `torch.library.wrap_triton` while a graph is traced.
+    the identity in eager code, `torch.library.wrap_triton` while a graph is traced. `waits` says where a
+    trace would cost memory that a call does not, as a loop over an unknown size cannot be traced: the op then
+    stays in a graph that Python runs, and is launched with the sizes that there are.
     """
 
     op: str
     name: str
     supports: Callable[[Facts], Support]
     launch: Callable[..., Any]
+    waits: Callable[[Facts], bool] = lambda facts: False
 
 
 def select(variants: tuple[Variant, ...], facts: Facts) -> tuple[Variant | None, tuple[str, ...]]:

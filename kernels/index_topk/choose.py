@@ -8,7 +8,7 @@ from torch import Tensor
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.decode import ASSUMED_BATCH
-from clsa_compile.kernels.index_topk.select import padded, rows_at_once, segments, select
+from clsa_compile.kernels.index_topk.select import padded, rows_at_once, rows_unknown, segments, select
 from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, static
 from clsa_compile.kernels.render import kernel
 
@@ -57,4 +57,4 @@ def launch(
     return out
 
 
-CHOOSE = Variant("select_topk", "radix", supports, launch)
+CHOOSE = Variant("select_topk", "radix", supports, launch, waits=rows_unknown)

@@ -13,7 +13,7 @@ from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
-from clsa_compile.kernels.index_topk.select import padded, rows_at_once, segments, select
+from clsa_compile.kernels.index_topk.select import padded, rows_at_once, rows_unknown, segments, select
 from clsa_compile.kernels.launch import (
     Wrap,
     bounds_arguments,
@@ -110,4 +110,4 @@ def launch(
     return out
 
 
-ROWS = Variant("index_topk", "rows", supports, launch)
+ROWS = Variant("index_topk", "rows", supports, launch, waits=rows_unknown)

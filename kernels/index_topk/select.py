@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clsa_compile.ir.variants import Facts
 from clsa_compile.kernels.launch import (
     ASSUMED_KEYS,
     Wrap,
@@ -85,8 +86,8 @@ def row_bytes(t: int) -> int:
 def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
     """Returns how many query rows share one buffer of scores.
 
-    All of them when S is not known: a loop over an unknown number cannot be traced, and the buffer
-    is still smaller than what the same model needs without clsa.
+    All of them when S is not known, which is so in exported programs: a loop over an unknown number cannot be
+    traced, and the buffer is still smaller than what the same model needs without clsa.
     """
     if not static(s):
         return s
@@ -95,6 +96,11 @@ def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
     if fitting >= s:
         return s
     return fitting // 64 * 64 if fitting >= 64 else fitting
+
+
+def rows_unknown(facts: Facts) -> bool:
+    """Tells whether a trace would need scores of all rows at once, where a call needs those of a chunk."""
+    return facts.S is None
 
 
 def select(

@@ -333,7 +333,7 @@ def test_pictures_have_room_for_cells_that_nobody_measured() -> None:
 # -- the real thing ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trial_run_measures_everything(tmp_path: Path) -> None:
     assert headline.main([*TINY, "--out", str(tmp_path / "h"), "--variants", "transformer", "clsa"]) == 0
     cells = json.loads((tmp_path / "h.json").read_text())["cells"]

@@ -29,7 +29,7 @@ MORE = {"deepseek_v3": {}, "cohere2": WINDOWS, "gemma3n_text": {}, "granite": {}
 
 
 @pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
+    "family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.exhaustive) for family in MORE)]
 )
 def test_logits_are_the_models_and_the_compilers(family: str, passes: Any) -> None:
     model = tiny(family, **{**FAMILIES, **MORE}[family])

@@ -160,7 +160,7 @@ def test_what_compiles_is_what_was_judged(
     assert abs(found.quality.loss - found.quality.dense_loss) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_inductor_compiles_what_was_judged(model: Any, tokens: list[Tensor], found: Found) -> None:
     settings = {"backend": "clsa", "options": {"share": found.plan, "prefill": "sparse", "strict": True}}
     assert abs(loss(model, tokens, **settings) - found.quality.loss) < 1e-4

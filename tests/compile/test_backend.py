@@ -35,8 +35,10 @@ from clsa_compile.config import STAGES, Options
 from clsa_compile.dispatch import torch_kernels
 from clsa_compile.errors import CaptureError, MissingTritonError, PassError, VerifyError
 from clsa_compile.ir.captured import Captured
+from clsa_compile.ir.references import REFERENCES
 from clsa_compile.ir.sites import Reason
 from clsa_compile.ir.skips import PASSES
+from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.passes import pipeline
 from clsa_compile.testing import generate_steps, largest_difference, tiny
 
@@ -756,7 +758,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_second_process_finds_the_graph_and_other_options_do_not(tmp_path: Path) -> None:
     def run(options: dict[str, Any]) -> dict[str, int]:
         environment = os.environ | {
@@ -791,6 +793,36 @@ def _scaled_sdpa(x: Tensor, scale: float) -> Tensor:
 
 def _scaled_scores(x: Tensor, scale: float) -> Tensor:
     return (x @ x.mT * scale).softmax(-1) @ x
+
+
+def _ranked(x: Tensor) -> tuple[Tensor, Tensor]:
+    heads = (x * 2)[:, None]
+    chosen = torch.ops.clsa.index_topk(
+        heads, heads, None, None, None, None, [], 3, 0.5, "sum: dot", "kv <= q", False
+    )
+    return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True), chosen + 1
+
+
+def test_an_index_of_unknown_rows_is_launched_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch of all rows at once would write S x T scores. Inductor calls the op, which knows the rows."""
+    asked: list[int | None] = []
+
+    def supports(facts: Facts) -> Support:
+        asked.append(facts.S)
+        return SUPPORTED
+
+    def waits(facts: Facts) -> bool:
+        return facts.S is None
+
+    rows = Variant("index_topk", "rows", supports, REFERENCES["index_topk"], waits)
+    monkeypatch.setattr(clsa_compile.backend, "variants_for", lambda *_: (rows,))
+    run = torch.compile(_ranked, backend=clsa)
+    for length in (12, 17, 40):
+        x = torch.randn(B, length, 8)
+        torch._dynamo.mark_dynamic(x, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), _ranked(x), atol=1e-5, rtol=1e-5)
+    assert asked == [None]
 
 
 def _scaled_query(x: Tensor, scale: float) -> Tensor:

@@ -90,8 +90,17 @@ def compared(function: Any, *args: Any, monkeypatch: pytest.MonkeyPatch) -> int:
 ALWAYS = {
     ("llama", "static"), ("llama", "dynamic"), ("glm_moe_dsa", "static"), ("gemma2", "static"),
 }  # fmt: skip
+SLOW = {("glm_moe_dsa", "dynamic"), ("gpt_oss", "static")}
+
+
+def marks(*case: str) -> Any:
+    if case in ALWAYS:
+        return ()
+    return pytest.mark.slow if case in SLOW else pytest.mark.exhaustive
+
+
 NAMES = [
-    pytest.param(name, cache, marks=() if (name, cache) in ALWAYS else pytest.mark.slow)
+    pytest.param(name, cache, marks=marks(name, cache))
     for name in sorted(TINY)
     for cache in ("static", "dynamic")
 ]

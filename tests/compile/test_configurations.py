@@ -105,7 +105,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_takes_a_minute_and_little_memory(name: str) -> None:
     """Processor time, so that the test says the same on a machine that has other work to do."""

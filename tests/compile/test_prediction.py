@@ -139,7 +139,7 @@ def test_a_step_of_glm_moe_dsa_takes_what_was_measured(
     assert found.before.at(131000)[2] / 1e3 == pytest.approx(inductor, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("batch", "options", "inductor", "clsa"),
     [

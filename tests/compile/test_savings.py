@@ -109,7 +109,7 @@ def test_a_stripped_model_computes_the_same(reclaim: bool) -> None:
     assert largest_difference(expected, actual) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_stripped_model_computes_the_same_through_inductor() -> None:
     options = {"share": 4, "reclaim": True}
     model = glm()

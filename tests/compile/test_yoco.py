@@ -120,7 +120,7 @@ def test_the_report_says_that_equal_indexers_became_one() -> None:
     assert "layers 2, 3 share the index of layer 2: 2 indexers compute the same, one runs" in str(report)
 
 
-@pytest.mark.slow  # without Inductor: test_a_prompt_runs_the_cross_decoder_for_its_last_token
+@pytest.mark.exhaustive  # without Inductor: test_a_prompt_runs_the_cross_decoder_for_its_last_token
 def test_it_equals_eager_through_inductor() -> None:
     compare("yoco-clsa", "static", clsa, keep=1)
 

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples/serve_package.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_package_is_built_served_and_served_again(tmp_path: Path) -> None:
     path = tmp_path / "decoder.pt2"
     for _ in range(2):

@@ -366,7 +366,7 @@ def test_scripts_stay_short() -> None:
         assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 400, name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_tiny_size_learns_to_recall_and_the_index_keeps_it(tmp_path: Path) -> None:
     assert train_indexer.main(["--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = results(tmp_path)["evaluations"]

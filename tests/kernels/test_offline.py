@@ -57,7 +57,7 @@ def test_a_violation_is_an_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: An
     assert "bytes of shared memory" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_compiles_for_every_chip(capsys: Any) -> None:
     assert offline.main([]) == 0, capsys.readouterr().out
 

@@ -25,8 +25,8 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "glm_moe_dsa": ({"share": 2}, {"index_topk": 1, "sparse_attention": 2}),
     "deepseek_v32": ({"share": 2}, {"index_topk": 1, "sparse_attention": 2}),
 }
-LONG = {"qwen3", "glm_moe_dsa", "deepseek_v32"}
-CASES = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in MODELS]
+MARKS = dict.fromkeys(("qwen3", "deepseek_v32"), pytest.mark.exhaustive) | {"glm_moe_dsa": pytest.mark.slow}
+CASES = [pytest.param(name, marks=MARKS.get(name, ())) for name in MODELS]
 
 
 def compare(folder: Folder, name: str, program: ExportedProgram, calls: list[Any]) -> None:
@@ -157,7 +157,7 @@ def smollm2(layers: int) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.exhaustive)])
 def test_the_text_of_a_real_decoder_holds_no_weights(
     layers: int,
     tmp_path: Path,

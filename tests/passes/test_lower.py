@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from clsa_compile.errors import VerifyError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.ir.ops import contract_op
 from clsa_compile.ir.references import REFERENCES
@@ -18,6 +20,7 @@ from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.passes.lower import Choice, facts_of, lower
 from clsa_compile.passes.pipeline import decide
 from clsa_compile.passes.rewrite import rewrite
+from clsa_compile.passes.verify import verify
 
 Trace = Callable[..., Captured]
 sdpa = F.scaled_dot_product_attention
@@ -178,6 +181,32 @@ def test_unknown_sizes_are_none(trace: Trace) -> None:
     facts = facts_of(node, "attention")
     assert (facts.B, facts.S, facts.T) == (None, None, None)
     assert (facts.H, facts.Hkv, facts.D, facts.Dv) == (H, H, D, D)
+
+
+def _ranked(q: Tensor, k: Tensor) -> Tensor:
+    chosen: Tensor = torch.ops.clsa.index_topk(
+        q, k, None, None, None, None, [], 3, 0.5, "sum: dot", "kv <= q", False
+    )
+    return chosen + 1
+
+
+@pytest.mark.parametrize(("symbolic", "may_wait"), [(True, True), (True, False), (False, True)])
+def test_an_op_of_unknown_rows_waits_in_a_graph_that_python_runs(
+    symbolic: bool, may_wait: bool, trace: Trace
+) -> None:
+    mine = Kernel("index_topk")
+    variant = replace(mine.variant, waits=lambda facts: facts.S is None)
+    q, k = torch.randn(2, 3, 12, 8), torch.randn(2, 1, 12, 8)
+    captured, (choice,) = lower(trace(_ranked, q, k, symbolic=symbolic), (variant,), wrap, may_wait)
+    left = [n.name for n in captured.graph.nodes if n.op == "call_function" and contract_op(n.target)]
+    waits = symbolic and may_wait
+    assert (choice.variant, choice.waits, bool(mine.strides)) == ("my_index_topk", waits, not waits)
+    assert left == ([choice.node] if waits else [])
+    assert torch.equal(captured.module(q, k), _ranked(q, k))
+    verify(captured, "lower", [], left)
+    if waits:
+        with pytest.raises(VerifyError, match=f"the contract op {choice.node} is left"):
+            verify(captured, "lower", [])
 
 
 # -- strides -----------------------------------------------------------------------------------------

@@ -111,8 +111,13 @@ def exported(model: Any, path: Path, is_padded: bool, **settings: Any) -> Any:
     return clsa_compile.export(model, (ids,), given, path=path, **settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "deepseek_v32" else pytest.mark.exhaustive)
+        for name in FAMILIES
+    ],
+)
 def test_exported_programs_equal_eager(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     is_padded = name in ("qwen3", "glm_moe_dsa")
@@ -132,7 +137,7 @@ def test_native_code_equals_eager(decoder: Any, llama: Any, tmp_path: Path) -> N
     check(llama, decoder, tmp_path, is_padded=True, text=text)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_native_code_of_every_family_equals_eager(name: str, is_padded: bool, tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def same_as_compiled(model: Any, made: Any, passes: Any, weights: Any = None) ->
             torch.testing.assert_close(package.step(given, caches), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_decoder_that_shares(tmp_path: Path, passes: Any) -> None:
     model = tiny("glm_moe_dsa")
     made = exported(model, tmp_path / "a.pt2", False, format="program", options={"share": 2})

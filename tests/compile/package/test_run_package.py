@@ -58,7 +58,7 @@ def test_running_without_weights_is_an_error(runner: Path, decoder: Any) -> None
     assert "run_package: no weights for" in without.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_inside(runner: Path, tmp_path: Path) -> None:
     model = tiny("qwen3", num_hidden_layers=1)
     clsa_compile.export(model, (torch.tensor([PROMPT]),), path=tmp_path / "a.pt2")
