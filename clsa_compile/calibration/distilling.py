@@ -152,7 +152,7 @@ def distill(
     all key heads of it or the best `kv_heads`, by queries of its own; it learns what the tokens that the
     group's layers look at are worth to the model's loss or, with the `target` "attention", their mean
     attention (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
-    or [T], many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
+    or [T], or what a tokenizer returns, many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is their number
     or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
     perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
     `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the same
@@ -172,7 +172,7 @@ def train(
     progress: bool = True,
 ) -> Found:
     """Does what `distill` says, and returns what was measured too."""
-    given = sequences(batches, {"topk": wanted.topk or 0})
+    given = sequences(batches, {"topk": wanted.topk or 0}, model)
     if len(given) < 2:
         raise OptionError("this needs two sequences at least, one to learn from and one to judge by")
     known = Model(model, given[0], Stages(folder))

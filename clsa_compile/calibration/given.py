@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -176,24 +177,69 @@ def asked(plan: Planned) -> Asked:
     return Asked(options, shared)
 
 
-def sequences(batches: Any, limits: Mapping[str, int]) -> list[Tensor]:
-    """Returns ids [1, T] of batches of ids.
+def sequences(batches: Any, limits: Mapping[str, int], model: Any = None) -> list[Tensor]:
+    """Returns ids [1, T] of batches: ids [B, T] or [T], or what a tokenizer makes, without its padding.
 
-    Raises OptionError for none, and for those that are too short for the `limits` of what is asked.
+    Raises OptionError for none, for those that are too short for the `limits` of what is asked, and for ids
+    that `model` has no embedding of.
     """
-    parts = [batches] if isinstance(batches, Tensor) else list(batches)
-    found = []
-    for i, part in enumerate(parts):
-        ids = part if isinstance(part, Tensor) else torch.as_tensor(part)
-        if ids.dim() not in (1, 2) or ids.is_floating_point():
-            raise OptionError(
-                f"batch {i} is {ids.dtype} of shape {list(ids.shape)}; expected token ids [B, T] or [T]"
-            )
-        found += list(ids.reshape(-1, ids.shape[-1]).long().split(1)) if ids.numel() else []
+    parts = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
+    found = [row for i, part in enumerate(parts) for row in _rows(part, i)]
     if not found:
         raise OptionError("there are no tokens: give batches of ids [B, T], text of several kinds")
     check_length(min(ids.shape[1] for ids in found), limits)
+    known = _vocabulary(model)
+    ends = (int(end) for ids in found for end in ids.aminmax())
+    wrong = next((end for end in ends if not 0 <= end < known), None)
+    if wrong is not None:
+        last = "" if known == math.inf else f" to {known - 1}"
+        raise OptionError(
+            f"there is a token id {wrong}; the model's go from 0{last}: was this its tokenizer?"
+        )
     return found
+
+
+def _rows(part: Any, i: int) -> list[Tensor]:
+    """Returns the sequences [1, T] of one batch."""
+    mask = None
+    if isinstance(part, Mapping):
+        if "input_ids" not in part:
+            raise OptionError(
+                f"batch {i} has {', '.join(map(repr, part)) or 'nothing'}; expected 'input_ids'"
+            )
+        part, mask = part["input_ids"], part.get("attention_mask")
+    ids = _tensor(part, i)
+    if ids.dim() not in (1, 2) or ids.is_floating_point():
+        raise OptionError(
+            f"batch {i} is {ids.dtype} of shape {list(ids.shape)}; expected token ids [B, T] or [T]"
+        )
+    if not ids.numel():
+        return []
+    rows = ids.reshape(-1, ids.shape[-1]).long().split(1)
+    if mask is None:
+        return list(rows)
+    kept = _tensor(mask, i)
+    if kept.shape != ids.shape:
+        raise OptionError(
+            f"batch {i} has ids of shape {list(ids.shape)} and an attention_mask of {list(kept.shape)}"
+        )
+    return [row[keep != 0][None] for row, keep in zip(rows, kept.reshape(-1, 1, ids.shape[-1]), strict=True)]
+
+
+def _tensor(given: Any, i: int) -> Tensor:
+    try:
+        return given if isinstance(given, Tensor) else torch.as_tensor(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise OptionError(
+            f"batch {i} is no tensor ({error}); expected token ids [B, T] or [T]: sequences of other lengths "
+            "go into other batches"
+        ) from error
+
+
+def _vocabulary(model: Any) -> float:
+    """Returns how many tokens a model of Hugging Face has embeddings of; infinity where it does not say."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", math.inf)
 
 
 def check_length(length: int, limits: Mapping[str, int]) -> None:

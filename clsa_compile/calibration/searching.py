@@ -41,8 +41,8 @@ def search(
     """Finds which layers may attend to tokens that earlier ones choose: `topk` of them in a dense model.
 
     In a model with indexers, which select as many tokens as they were trained to, it finds which of them need
-    to run; `topk`, `scope` and what is kept are not for these. `batches` are token ids [B, T] or [T], many of
-    them; the last quarter of the sequences only judges what the others found, so mix kinds of text. `anchors`
+    to run; `topk`, `scope` and what is kept are not for these. `batches` are token ids [B, T] or [T], or what a
+    tokenizer returns, many of them; the last quarter of the sequences only judges what the others found, so mix kinds of text. `anchors`
     layers choose (in a dense model they attend to all tokens). With a `budget`, an increase of perplexity
     (0.01 is one percent), layers become anchors too until it holds on the held-out part; without `anchors`
     their least number is found. `folder` keeps finished stages: a search that was killed loses the one that
@@ -94,7 +94,7 @@ def find(
 ) -> Found:
     """Does what `search` says, and returns what was measured too."""
     options = asked.options()
-    given = sequences(batches, {"topk": asked.topk or 0})
+    given = sequences(batches, {"topk": asked.topk or 0}, model)
     if len(given) < 2:
         raise OptionError("a search needs two sequences at least, one to find a plan and one to judge it")
     held = max(1, round(len(given) / HELD_OUT))

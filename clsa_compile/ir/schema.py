@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -31,14 +32,20 @@ def text(value: Any, where: str) -> str:
 
 def number(value: Any, where: str) -> float:
     """Reads a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise refuse(value, where, "a finite number")
-    return float(value)
+    try:
+        read = float(value)
+    except OverflowError:  # a whole number beyond all of them
+        read = math.inf
+    if not math.isfinite(read):
+        raise refuse(value, where, "a finite number")
+    return read
 
 
 def count(value: Any, where: str) -> int:
-    """Reads a whole number from 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    """Reads a whole number from 0, of 63 bits as sizes have."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise refuse(value, where, "a whole number from 0")
     return value
 
@@ -58,7 +65,7 @@ def integer_keys(kind: Kind[T]) -> Kind[dict[int, T]]:
     """Returns the kind of an object whose names are whole numbers."""
 
     def read(value: Any, where: str) -> dict[int, T]:
-        if not isinstance(value, dict) or not all(key.isascii() and key.isdigit() for key in value):
+        if not isinstance(value, dict) or not all(re.fullmatch("[0-9]{1,18}", key) for key in value):
             raise refuse(value, where, "an object whose names are layers' numbers")
         return {int(key): kind(entry, f"{where}[{key}]") for key, entry in value.items()}
 

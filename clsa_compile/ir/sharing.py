@@ -81,10 +81,11 @@ class SharingPlan:
             data = json.loads(content)
             _check_version(data)
             return cls.from_dict(data, _weights(path, data))
-        except json.JSONDecodeError as error:
-            raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
         except PlanError as error:
             raise PlanError(f"the plan {os.fspath(path)!r}: {error}") from error
+        # Not only JSONDecodeError: Python reads no number of thousands of digits, and no thousand levels.
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, after its weights, where it has any.

@@ -19,7 +19,15 @@ IDS = torch.arange(120).view(2, 60)
 
 @pytest.mark.parametrize(
     ("batches", "number"),
-    [(IDS, 2), ([IDS, IDS[0]], 3), ([IDS.tolist()], 2), ((row for row in IDS), 2), ([IDS.int()], 2)],
+    [
+        (IDS, 2),
+        ([IDS, IDS[0]], 3),
+        ([IDS.tolist()], 2),
+        ((row for row in IDS), 2),
+        ([IDS.int()], 2),
+        ({"input_ids": IDS}, 2),
+        ([{"input_ids": IDS[0], "attention_mask": torch.ones(60)}], 1),
+    ],
 )
 def test_batches_become_sequences(batches: Any, number: int) -> None:
     found = sequences(batches, {"topk": 8})
@@ -36,11 +44,40 @@ def test_batches_become_sequences(batches: Any, number: int) -> None:
         ([IDS, IDS[:, :20]], 8, "a sequence of 20 tokens is too short"),
         ([IDS.float()], 8, "batch 0 is torch.float32"),
         ([IDS, IDS[None]], 8, r"batch 1 is torch.int64 of shape \[1, 2, 60\]"),
+        (
+            [IDS, [[1, 2, 3], [4]]],
+            8,
+            "batch 1 is no tensor .*: sequences of other lengths go into other batches",
+        ),
+        (["some text"], 8, "batch 0 is no tensor"),
+        ([{"ids": IDS}], 8, "batch 0 has 'ids'; expected 'input_ids'"),
+        ([{"input_ids": IDS, "attention_mask": IDS[0]}], 8, r"\[2, 60\] and an attention_mask of \[60\]"),
+        ([{"input_ids": IDS, "attention_mask": IDS < 20}], 8, "a sequence of 0 tokens is too short"),
+        ([IDS - 5], 8, "a token id -5; the model's go from 0:"),
     ],
 )
 def test_what_cannot_be_used_is_an_error(batches: Any, topk: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         sequences(batches, {"topk": topk})
+
+
+def test_padding_on_either_side_is_left_out() -> None:
+    mask = torch.ones(2, 60)
+    mask[0, :7], mask[1, 50:] = 0, 0
+    found = sequences([{"input_ids": IDS, "attention_mask": mask}], {"topk": 8})
+    assert [ids.tolist() for ids in found] == [[list(range(7, 60))], [list(range(60, 110))]]
+
+
+def test_tokens_that_the_model_does_not_know_are_an_error() -> None:
+    model = tiny("llama")
+    count = model.config.vocab_size
+    assert sequences([IDS % count], {"topk": 8}, model)
+    with pytest.raises(
+        OptionError, match=f"token id {count}; the model's go from 0 to {count - 1}: was this"
+    ):
+        sequences([IDS % count, torch.full((60,), count)], {"topk": 8}, model)
+    with pytest.raises(OptionError, match=f"token id -1; the model's go from 0 to {count - 1}"):
+        sequences([torch.full((60,), -1)], {"topk": 8}, model)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,12 @@ def test_missing_and_cut_off_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot be read"):
         SharingPlan.load(path)
     whole = json.dumps(plan().to_dict())
-    for content in ("", whole[: len(whole) // 2]):
+    for content in (
+        "",
+        whole[: len(whole) // 2],
+        "[" * 100_000,
+        whole.replace('"topk": ', '"topk": ' + "9" * 5000),
+    ):
         path.write_text(content)
         with pytest.raises(PlanError, match=r"is no whole JSON .*take a whole copy"):
             SharingPlan.load(path)
