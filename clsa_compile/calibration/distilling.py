@@ -151,13 +151,13 @@ def distill(
     The model's weights stay as they are. An index ranks the keys that its group's first layer caches anyway,
     all key heads of it or the best `kv_heads`, by queries of its own; it learns what the tokens that the
     group's layers look at are worth to the model's loss or, with the `target` "attention", their mean
-    attention (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T]
-    or [T], or what a tokenizer returns, many of them; the last quarter of the sequences, 16 at most, only
-    judges. `groups` is their number or the layers that they begin at, counted among those that may share. With a `budget`, an increase of
-    perplexity (0.01 is one percent), there are more groups until it holds on the sequences that judge.
-    `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the same
-    plan on the same device. Raises OptionError for what cannot be asked, DistillError where training fails,
-    KeepError where `folder` is full.
+    attention (CLSA, arXiv 2606.06467), a sequence a step. `batches` are token ids [B, T] or [T], or what a
+    tokenizer returns, many of them; the last quarter of the sequences, 16 at most, only judges. `groups` is
+    their number or the layers that they begin at, counted among those that may share. With a `budget`, an
+    increase of perplexity (0.01 is one percent), there are more groups until it holds on the sequences that
+    judge. `folder` keeps checkpoints: training that was killed goes on. The same arguments and seed give the
+    same plan on the same device. Raises OptionError for what cannot be asked, DistillError where training
+    fails, KeepError where `folder` is full.
     """
     chosen = groups if groups is None or isinstance(groups, int) else tuple(groups)
     wanted = Wanted(topk, chosen, budget, steps, score, kv_heads, seed, target)

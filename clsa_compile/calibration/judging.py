@@ -231,12 +231,12 @@ def evaluate(
 ) -> Quality:
     """Measures what a plan costs a model on token ids, teacher-forced and with sparse prompts.
 
-    `plan` is a SharingPlan, its file, or options such as {"topk": 256, "share": 4}. A plan of weights
-    that `distill` trained for the model's own indexers is measured against dense attention, whether `apply`
-    put them into the model or not. `batches` are ids [B, T] or [T], or what a tokenizer returns. Tokens
-    before position `skip` of a sequence are not scored; by default its first half. With a `tokenizer` the worst
-    token has a text. Results are kept in `folder` and found there again.
-    Nothing is compiled. Raises OptionError for what cannot be measured.
+    `plan` is a SharingPlan, its file, or options such as {"topk": 256, "share": 4}. A plan of weights that
+    `distill` trained for the model's own indexers is measured against dense attention, whether `apply` put
+    them into the model or not. `batches` are ids [B, T] or [T], or what a tokenizer returns. Tokens before
+    position `skip` of a sequence are not scored; by default its first half. With a `tokenizer` the worst
+    token has a text. Results are kept in `folder` and found there again. Nothing is compiled. Raises
+    OptionError for what cannot be measured.
     """
     wanted = asked(plan)
     given = sequences(batches, wanted.limits, model)

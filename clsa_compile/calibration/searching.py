@@ -40,14 +40,15 @@ def search(
 ) -> SharingPlan:
     """Finds which layers may attend to tokens that earlier ones choose: `topk` of them in a dense model.
 
-    In a model with indexers, which select as many tokens as they were trained to, it finds which of them need
-    to run; `topk`, `scope` and what is kept are not for these. `batches` are token ids [B, T] or [T], or what
-    a tokenizer returns, many of them; the last quarter of the sequences only judges what the others found, so
-    mix kinds of text. `anchors` layers choose (in a dense model they attend to all tokens). With a `budget`, an increase of perplexity
-    (0.01 is one percent), layers become anchors too until it holds on the held-out part; without `anchors`
-    their least number is found. `folder` keeps finished stages: a search that was killed loses the one that
-    it was in: a run over one sequence, one fit, or the costs of moving anchors. The same arguments and seed
-    find the same plan. Raises OptionError for what cannot be searched, KeepError where `folder` is full.
+    In a model with indexers, which select as many tokens as they were trained to, it finds which of them
+    need to run; `topk`, `scope` and what is kept are not for these. `batches` are token ids [B, T] or [T],
+    or what a tokenizer returns, many of them; the last quarter of the sequences only judges what the others
+    found, so mix kinds of text. `anchors` layers choose (in a dense model they attend to all tokens). With a
+    `budget`, an increase of perplexity (0.01 is one percent), layers become anchors too until it holds on
+    the held-out part; without `anchors` their least number is found. `folder` keeps finished stages: a
+    search that was killed loses the one that it was in: a run over one sequence, one fit, or the costs of
+    moving anchors. The same arguments and seed find the same plan. Raises OptionError for what cannot be
+    searched, KeepError where `folder` is full.
     """
     asked = Asked(topk, budget, anchors, scope, keep_first, keep_last, seed)
     return find(model, batches, asked, folder, progress).plan
