@@ -63,16 +63,19 @@ def test_the_hash_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     assert catalog.sources_hash() == first
 
 
-def tensors(op: str, s: int, t: int, dynamic: bool, paged: bool) -> list[torch.Tensor]:
+def tensors(
+    op: str, s: int, t: int, dynamic: bool, paged: bool, dynamic_rows: bool = False
+) -> list[torch.Tensor]:
     """Returns fake CPU tensors for `op`, a block table last where `paged`.
 
-    With `dynamic`, the keys T and the batch B, and of a pool the number of pages, are symbols.
+    With `dynamic`, the keys T and the batch B, and of a pool the number of pages, are symbols; with
+    `dynamic_rows` the rows S are one.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         real = torch.empty(sizes, dtype=dtype)
-        symbols = (t, t // PAGE, B, POOL) if dynamic else ()
+        symbols = ((t, t // PAGE, B, POOL) if dynamic else ()) + ((s,) if dynamic_rows else ())
         kinds = [DimDynamic.DYNAMIC if size in symbols else DimDynamic.STATIC for size in sizes]
         context = StatelessSymbolicContext(dynamic_sizes=kinds)
         return mode.from_tensor(real, symbolic_context=context)
@@ -95,7 +98,7 @@ def tensors(op: str, s: int, t: int, dynamic: bool, paged: bool) -> list[torch.T
     return common
 
 
-def call(variant: Variant, s: int) -> Callable[..., Any]:
+def call(variant: Variant) -> Callable[..., Any]:
     """Returns a function of `tensors` that runs the variant as it is traced."""
     scale, predicate = D**-0.5, "kv <= in0(q)"
 
@@ -127,7 +130,7 @@ def call(variant: Variant, s: int) -> Callable[..., Any]:
         )  # fmt: skip
 
     def chosen(q: Any, k: Any, v: Any, mask: Any, bounds: Any, position: Any) -> Any:
-        looked_at = q.new_empty((q.shape[0], 1, s, k.shape[2]), dtype=torch.float32)
+        looked_at = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2]), dtype=torch.float32)
         return variant.launch(looked_at, bounds, TOPK, 4, 8, wrap=torch.library.wrap_triton)
 
     calls = {
@@ -147,7 +150,7 @@ def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool
     s = 2 if variant.name in ("decode", "radix") else 40
     inputs = tensors(variant.op, s, 5000, dynamic, paged)
     with inputs[0].fake_mode:
-        graph = make_fx(call(variant, s), tracing_mode="real")(*inputs).graph
+        graph = make_fx(call(variant), tracing_mode="real")(*inputs).graph
     kernels = [n for n in graph.nodes if "triton_kernel_wrapper" in str(n.target)]
     assert bool(kernels) == (variant.name != "sdpa")
     # The caches go to the kernels as they are.
@@ -164,6 +167,25 @@ def test_every_launch_can_be_traced(variant: Variant, dynamic: bool, paged: bool
         # Torch's own attention asks whether sizes agree; nothing of ours may ask anything.
         if variant.name != "sdpa":
             assert not shape_env.guards, [str(g.expr) for g in shape_env.guards]
+
+
+UNKNOWN = [v for v in VARIANTS if v.name != "sdpa" and v.supports(facts(v.op, S=None)).ok]
+
+
+@pytest.mark.parametrize("variant", UNKNOWN, ids=lambda v: f"{v.op}-{v.name}")
+def test_launches_of_an_unknown_number_of_rows_ask_nothing(variant: Variant) -> None:
+    inputs = tensors(variant.op, 40, 5000, True, False, dynamic_rows=True)
+    with inputs[0].fake_mode:
+        graph = make_fx(call(variant), tracing_mode="real")(*inputs).graph
+    assert any("triton_kernel_wrapper" in str(n.target) for n in graph.nodes)
+    assert not inputs[0].fake_mode.shape_env.guards
+
+
+def test_what_would_score_all_rows_of_a_prompt_at_once_waits() -> None:
+    waiting = {v.op for v in VARIANTS if v.waits(facts(v.op, S=None))}
+    assert waiting == {"index_topk", "select_topk"}
+    assert {v.op for v in UNKNOWN} == set(REFERENCES) - {"mask_bounds"}
+    assert not any(v.waits(facts(v.op, S=s)) for v in VARIANTS for s in (1, 4096))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
