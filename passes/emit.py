@@ -95,7 +95,7 @@ def _dispatcher(values: Any) -> AbstractContextManager[Any]:
 
 def _stride_order(value: torch.Tensor) -> list[int]:
     """Returns the dimensions from the slowest to the fastest; those of size 1 stay where they are."""
-    strides = [_hint(s) for s in value.stride()]
+    strides = [example(s) for s in value.stride()]
     movable = [i for i, size in enumerate(value.shape) if not (isinstance(size, int) and size == 1)]
     ranked = sorted(movable, key=lambda i: (-strides[i], i))
     order = list(range(value.dim()))
@@ -104,9 +104,9 @@ def _stride_order(value: torch.Tensor) -> list[int]:
     return order
 
 
-def _hint(stride: Any) -> int:
-    """Returns a stride's example value; reading a hint adds no guard."""
-    if isinstance(stride, int):
-        return stride
-    hint = stride.node.hint
+def example(size: Any) -> int:
+    """Returns the example value of a size or a stride, 1 where there is none; reading it adds no guard."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
     return int(hint) if hint is not None else 1

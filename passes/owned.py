@@ -10,8 +10,9 @@ Only elementwise writes and copies count, into memory all of whose readers and w
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.analyze import Order, storages, written
-from clsa_compile.passes.emit import Emitter, value_of
+from clsa_compile.passes.emit import Emitter, example, value_of
 from clsa_compile.passes.indexing import argument, is_tensor, same, shape
 from clsa_compile.passes.tidy import is_pure
 from clsa_compile.passes.verify import verify_owned
@@ -89,16 +90,17 @@ def _is_owned(captured: Captured, memory: Memory) -> bool:
     maker, inside = memory.maker, set(memory.nodes)
     if not _is_call(maker) or written(maker) or not _is_dense(maker.meta["val"]):
         return False
+    if torch.Tag.dynamic_output_shape in maker.target.tags:
+        return False  # to compute its value again would make sizes that nobody asks for
     # A view of what a pass has put in place of another node stands first in that one's memory.
     made = value_of(captured, maker.target, maker.args, maker.kwargs)
     if any(not set(storages(made)).isdisjoint(storages(n.meta.get("val"))) for n in maker.all_input_nodes):
         return False
-    views = [node for node in memory.nodes if node is not maker and node not in memory.writes]
-    if not all(_is_call(view) and view.args and view.args[0] in inside for view in views):
+    writes = set(memory.writes)
+    views = [node for node in memory.nodes if node is not maker and node not in writes]
+    if not all(_is_call(view) and is_pure(view) and view.args and view.args[0] in inside for view in views):
         return False
-    return inside.issuperset(memory.writes) and all(
-        _is_value(write, maker, inside) for write in memory.writes
-    )
+    return inside >= writes and all(_is_value(write, maker, inside, writes) for write in writes)
 
 
 def _is_call(node: Node) -> bool:
@@ -110,7 +112,7 @@ def _is_call(node: Node) -> bool:
 def _is_dense(value: Tensor) -> bool:
     """Tells whether elements lie side by side in some order; examples of sizes say so, and add no guard."""
     expected = 1
-    pairs = [tuple(map(_example, pair)) for pair in zip(value.stride(), value.shape, strict=True)]
+    pairs = [tuple(map(example, pair)) for pair in zip(value.stride(), value.shape, strict=True)]
     for stride, size in sorted(pair for pair in pairs if pair[1] != 1):
         if stride != expected:
             return False
@@ -118,11 +120,7 @@ def _is_dense(value: Tensor) -> bool:
     return True
 
 
-def _example(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 0)
-
-
-def _is_value(write: Node, maker: Node, inside: set[Node]) -> bool:
+def _is_value(write: Node, maker: Node, inside: set[Node], writes: set[Node]) -> bool:
     """Tells whether a write can become a value: what it computes, and where in the memory that goes."""
     if not _is_call(write) or [*written(write)] != [write.args[0]] or write.args[0] not in inside:
         return False
@@ -136,8 +134,9 @@ def _is_value(write: Node, maker: Node, inside: set[Node]) -> bool:
             return False
     elif computed(write.target) is None:
         return False
-    while target is not maker:
-        if target.target not in _PUT_BACK and target.target not in _SAME and not written(target):
+    # What an earlier write returns is where that one wrote, which is asked for that one.
+    while target is not maker and target not in writes:
+        if target.target not in _PUT_BACK and target.target not in _SAME:
             return False
         if target.target in (aten.slice.Tensor, aten.select.int) and not _is_fixed(target):
             return False
@@ -157,7 +156,7 @@ def _is_fixed(view: Node) -> bool:
     )
 
 
-@functools.cache
+@cache
 def computed(target: Any) -> Any:
     """Returns the op that computes what an elementwise op in place writes, or None."""
     name = target._schema.name
@@ -167,10 +166,17 @@ def computed(target: Any) -> Any:
     found = getattr(packet, target._overloadname, None) if packet is not None else None
     if found is None or found._schema.is_mutable or torch.Tag.pointwise not in found.tags:
         return None
-    return None if torch.Tag.nondeterministic_seeded in found.tags else found
+    # pow_.Scalar raises to a number; pow.Scalar raises a number.
+    if _arguments(found) != _arguments(target) or torch.Tag.nondeterministic_seeded in found.tags:
+        return None
+    return found
 
 
-def _put_permuted(emit: Emitter, view: Node, part: Node, whole: Node) -> Node:
+def _arguments(target: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+
+
+def _put_permuted(emit: Emitter, view: Node, part: Node, whole: Callable[[], Node]) -> Node:
     order = [int(d) % len(view.args[1]) for d in view.args[1]]
     return emit.call(aten.permute.default, part, [order.index(i) for i in range(len(order))])
 
@@ -178,10 +184,10 @@ def _put_permuted(emit: Emitter, view: Node, part: Node, whole: Node) -> Node:
 # What makes a whole of it where a view of it holds other values.
 _PUT_BACK: dict[Any, Any] = {
     aten.slice.Tensor: lambda emit, view, part, whole: emit.call(
-        aten.slice_scatter.default, whole, part, *view.args[1:]
+        aten.slice_scatter.default, whole(), part, *view.args[1:]
     ),
     aten.select.int: lambda emit, view, part, whole: emit.call(
-        aten.select_scatter.default, whole, part, *view.args[1:]
+        aten.select_scatter.default, whole(), part, *view.args[1:]
     ),
     aten.transpose.int: lambda emit, view, part, whole: emit.call(aten.transpose.int, part, *view.args[1:]),
     aten.unsqueeze.default: lambda emit, view, part, whole: emit.call(aten.squeeze.dim, part, view.args[1]),
@@ -196,6 +202,8 @@ class _Rewriting:
         self._captured = captured
         self._memory = {node: memory for memory in found for node in memory.nodes}
         self._writes = {write for memory in found for write in memory.writes}
+        # Of each write so far, the maker or the view that it wrote: that is what it returns.
+        self._places: dict[Node, Node] = {}
 
     def run(self) -> None:
         graph = self._captured.graph
@@ -219,7 +227,8 @@ class _Rewriting:
 
     def _write(self, node: Node) -> None:
         memory, emit = self._memory[node], Emitter(self._captured, node)
-        target, *others = node.args
+        first, *others = node.args
+        target = self._places[node] = self._places.get(first, first)
         part, given = self._now(target), self._mapped(others)
         if node.target is aten.copy_.default and given[0] is part:
             # `y[1:] += z` ends so: it puts y[1:] into itself.
@@ -232,9 +241,9 @@ class _Rewriting:
         if value.meta["val"].dtype != target.meta["val"].dtype:
             value = emit.call(aten.to.dtype, value, target.meta["val"].dtype)
         while target is not memory.maker:
-            parent = target.args[0]
+            parent = self._places.get(target.args[0], target.args[0])
             if target.target in _PUT_BACK:
-                value = _PUT_BACK[target.target](emit, target, value, self._now(parent))
+                value = _PUT_BACK[target.target](emit, target, value, partial(self._now, parent))
             target = parent
         # Views are what they were, for they are taken of the same sizes and strides.
         memory.whole = emit.like(value, memory.maker)
@@ -242,13 +251,12 @@ class _Rewriting:
 
     def _now(self, node: Node) -> Node:
         """Returns what holds a node's values at this place of the graph."""
+        node = self._places.get(node, node)
         memory = self._memory.get(node)
         if memory is None or memory.whole is None:
             return node
         if node is memory.maker:
             return memory.whole
-        if node in self._writes:
-            return self._now(node.args[0])
         key = str((node.target, self._mapped(node.args), self._mapped(node.kwargs)))
         if key not in memory.views:
             memory.views[key] = Emitter(self._captured, node).copy(node, self._now)

@@ -130,7 +130,8 @@ def carry_out(
         verify(captured, "rewrite", kept)
     observe("rewritten", captured)
     with _named("lower"):
-        captured, choices = lower(captured, without(variants, skips), wrap, may_wait)
+        # What is called later knows of no skips.
+        captured, choices = lower(captured, without(variants, skips), wrap, may_wait and not skips.names)
         verify(captured, "lower", kept, [choice.node for choice in choices if choice.waits])
     observe("lowered", captured)
     return captured, choices

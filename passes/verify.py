@@ -75,17 +75,23 @@ def verify_repeated(order: Order, pairs: Sequence[Repeated]) -> None:
 def verify_owned(graph: Graph, order: Order, writes: Sequence[Node]) -> None:
     """Checks that writes may become values because only the graph sees them. Raises VerifyError naming one.
 
-    1. What is written is in memory that is known. 2. No input of the graph and no attribute lies there.
-    3. No other write of it stays.
+    1. What is written is in memory that is known. 2. Nothing else lives there but what ops of a known schema
+    return: no input of the graph, no attribute, nothing of a subgraph. 3. No other write of it stays.
     """
     given = {
-        s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n.meta.get("val"))
+        s
+        for node in graph.nodes
+        if node.op != "output" and not isinstance(node.target, torch._ops.OpOverload)
+        for s in storages(node.meta.get("val"))
     }
-    gone = set(writes)
+    gone, seen = set(writes), set[int]()
     for write in writes:
         for target in written(write):
             own = set(storages(target.meta.get("val")))
             if not own or own & given:
                 raise VerifyError(f"{write.name} writes what is seen outside of the graph")
+            if own <= seen:
+                continue  # one write of a memory speaks for all of them
+            seen |= own
             if stays := [w.name for w in order.writes(target) if w not in gone]:
                 raise VerifyError(f"{write.name} goes, but {stays[0]} writes the same memory")

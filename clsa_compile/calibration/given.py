@@ -208,7 +208,7 @@ def _rows(part: Any, i: int) -> list[Tensor]:
                 f"batch {i} has {', '.join(map(repr, part)) or 'nothing'}; expected 'input_ids'"
             )
         part, mask = part["input_ids"], part.get("attention_mask")
-    ids = _tensor(part, i)
+    ids = _tensor(part, f"batch {i}")
     if ids.dim() not in (1, 2) or ids.is_floating_point():
         raise OptionError(
             f"batch {i} is {ids.dtype} of shape {list(ids.shape)}; expected token ids [B, T] or [T]"
@@ -218,7 +218,7 @@ def _rows(part: Any, i: int) -> list[Tensor]:
     rows = ids.reshape(-1, ids.shape[-1]).long().split(1)
     if mask is None:
         return list(rows)
-    kept = _tensor(mask, i)
+    kept = _tensor(mask, f"the attention_mask of batch {i}")
     if kept.shape != ids.shape:
         raise OptionError(
             f"batch {i} has ids of shape {list(ids.shape)} and an attention_mask of {list(kept.shape)}"
@@ -226,19 +226,21 @@ def _rows(part: Any, i: int) -> list[Tensor]:
     return [row[keep != 0][None] for row, keep in zip(rows, kept.reshape(-1, 1, ids.shape[-1]), strict=True)]
 
 
-def _tensor(given: Any, i: int) -> Tensor:
+def _tensor(given: Any, what: str) -> Tensor:
     try:
         return given if isinstance(given, Tensor) else torch.as_tensor(given)
     except (ValueError, TypeError, RuntimeError) as error:
         raise OptionError(
-            f"batch {i} is no tensor ({error}); expected token ids [B, T] or [T]: sequences of other lengths "
-            "go into other batches"
+            f"{what} is no tensor ({error}); expected [B, T] or [T], other lengths in other batches"
         ) from error
 
 
 def _vocabulary(model: Any) -> float:
     """Returns how many tokens a model of Hugging Face has embeddings of; infinity where it does not say."""
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # transformers' word for a layout of its own
+        return math.inf
     return getattr(embeddings, "num_embeddings", math.inf)
 
 

@@ -79,13 +79,14 @@ class SharingPlan:
             raise PlanError(f"the plan {os.fspath(path)!r} cannot be read: {error}") from error
         try:
             data = json.loads(content)
+        # Not only JSONDecodeError: Python reads no number of thousands of digits, and no thousand levels.
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
+        try:
             _check_version(data)
             return cls.from_dict(data, _weights(path, data))
         except PlanError as error:
             raise PlanError(f"the plan {os.fspath(path)!r}: {error}") from error
-        # Not only JSONDecodeError: Python reads no number of thousands of digits, and no thousand levels.
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"the plan {os.fspath(path)!r} is no whole JSON ({error}); {_AGAIN}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON, whole or not at all, after its weights, where it has any.

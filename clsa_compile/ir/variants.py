@@ -108,7 +108,7 @@ class Variant:
     `launch` takes the contract op's arguments, and `wrap`, through which every Triton kernel is called:
     the identity in eager code, `torch.library.wrap_triton` while a graph is traced. `waits` says where a
     trace would cost memory that a call does not, as a loop over an unknown size cannot be traced: the op then
-    stays in a graph that Python runs, and is launched with the sizes that there are.
+    stays in a graph that Python runs, and is launched with the sizes that there are; no option reaches it.
     """
 
     op: str

@@ -43,7 +43,7 @@ def plan(k: Tensor, v: Tensor, masked: bool = False) -> tuple[int, int, int, int
     """Returns (BLOCK_M, BLOCK_N, num_warps, num_stages); `masked` where a mask tensor is read."""
     d, dv = padded_width(k.shape[3]), padded_width(v.shape[3])
     if max(d, dv) > 256:
-        return wide_plan(k, v, masked)
+        return _wide_plan(k, v, masked)
     if k.dtype == torch.float32:
         return 32, 32, 8, 2
     # The queries of a tile and their weights lie in shared memory too; a mask takes registers.
@@ -51,7 +51,7 @@ def plan(k: Tensor, v: Tensor, masked: bool = False) -> tuple[int, int, int, int
     return block_m, keys_per_step((d + dv) * k.element_size(), stages, largest), 8, stages
 
 
-def wide_plan(k: Tensor, v: Tensor, masked: bool) -> tuple[int, int, int, int]:
+def _wide_plan(k: Tensor, v: Tensor, masked: bool) -> tuple[int, int, int, int]:
     """Returns `plan` for MLA's latent rows and other wide heads: sums of 64 rows fill half of the registers.
 
     Chosen by what compiles without spills; not measured.

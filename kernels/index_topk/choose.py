@@ -51,7 +51,7 @@ def launch(
             num_warps=4,
             num_stages=1,
         )
-        # A prompt of unknown length has rows enough to fill the chip with one program each.
+        # A prompt of unknown length has rows enough to fill the chip.
         lines = batch * sets * rows if static(rows) else sms
         select(scores, bounds, out, first, t, segments(lines, t, sms), wrap)
     return out

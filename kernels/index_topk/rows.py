@@ -103,7 +103,7 @@ def launch(
             num_warps=warps,
             num_stages=2,
         )
-        # A prompt of unknown length has rows enough to fill the chip with one program each.
+        # A prompt of unknown length has rows enough to fill the chip.
         sms = Device.of(q.device).sms
         lines = b * heads * rows if static(b) and static(rows) else sms
         select(scores, bounds, out, first, t, segments(lines, t, sms), wrap)

@@ -47,11 +47,16 @@ def test_batches_become_sequences(batches: Any, number: int) -> None:
         (
             [IDS, [[1, 2, 3], [4]]],
             8,
-            "batch 1 is no tensor .*: sequences of other lengths go into other batches",
+            "batch 1 is no tensor .*, other lengths in other batches",
         ),
         (["some text"], 8, "batch 0 is no tensor"),
         ([{"ids": IDS}], 8, "batch 0 has 'ids'; expected 'input_ids'"),
         ([{"input_ids": IDS, "attention_mask": IDS[0]}], 8, r"\[2, 60\] and an attention_mask of \[60\]"),
+        (
+            [{"input_ids": IDS, "attention_mask": [[1], [1, 0]]}],
+            8,
+            "the attention_mask of batch 0 is no tensor",
+        ),
         ([{"input_ids": IDS, "attention_mask": IDS < 20}], 8, "a sequence of 0 tokens is too short"),
         ([IDS - 5], 8, "a token id -5; the model's go from 0:"),
     ],
@@ -78,6 +83,15 @@ def test_tokens_that_the_model_does_not_know_are_an_error() -> None:
         sequences([IDS % count, torch.full((60,), count)], {"topk": 8}, model)
     with pytest.raises(OptionError, match=f"token id -1; the model's go from 0 to {count - 1}"):
         sequences([torch.full((60,), -1)], {"topk": 8}, model)
+
+
+def test_a_model_that_does_not_know_its_embeddings_is_not_asked_twice() -> None:
+    class Remote(nn.Module):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError("not auto-handled")
+
+    for model in (Remote(), nn.Linear(2, 2), len):
+        assert len(sequences([IDS], {"topk": 8}, model)) == 2
 
 
 @pytest.mark.parametrize(

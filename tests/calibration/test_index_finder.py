@@ -32,6 +32,7 @@ def loss(model: Any, ids: Tensor, backend: Any) -> float:
     return nn.functional.cross_entropy(logits, ids[0, 25:]).item()
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_indexers_that_run(searched: Found, selecting: Any) -> None:
     plan = searched.plan
     assert plan.kind == "index"

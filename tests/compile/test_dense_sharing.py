@@ -128,7 +128,7 @@ def oracle() -> Any:
 SCHEDULES = [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS")]
 ATTENDED = [
     *((*schedule, prefill, "static") for schedule in SCHEDULES for prefill in ("dense", "sparse")),
-    (2, "FSFSF", "dense", "dynamic"),
+    pytest.param(2, "FSFSF", "dense", "dynamic", marks=pytest.mark.slow),
     (4, "FSSSF", "sparse", "dynamic"),
     ("FFSSS", "FFSSS", "sparse", "dynamic"),
     (2, "FSFSF", "sparse", "none"),

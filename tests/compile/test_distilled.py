@@ -106,7 +106,7 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
     [
         ("llama", "static", "dense"),
         ("llama", "static", "sparse"),
-        ("llama", "dynamic", "dense"),
+        pytest.param("llama", "dynamic", "dense", marks=pytest.mark.slow),
         ("llama", "none", "sparse"),
         pytest.param("qwen3", "static", "dense", marks=pytest.mark.slow),
         pytest.param("phi3", "dynamic", "sparse", marks=pytest.mark.slow),

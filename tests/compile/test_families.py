@@ -74,7 +74,8 @@ def marks(name: str, attention: str, cache: str) -> Any:
     """
     if (name, attention) == ("gemma3n_text", "eager"):
         return pytest.mark.exhaustive
-    return pytest.mark.slow if name == "gemma3n_text" or (attention, cache) == ("eager", "dynamic") else ()
+    twice = (attention, cache) == ("eager", "dynamic") or (name, cache) == ("deepseek_v32", "dynamic")
+    return pytest.mark.slow if twice or name == "gemma3n_text" else ()
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def with_schedule(schedule: str) -> nn.Module:
         ("FFSSS", "FFSSS", "static"),
         (1, "FFFFF", "static"),
         (2, "FSFSF", "dynamic"),
-        ("FFSSS", "FFSSS", "dynamic"),
-        (4, "FSSSF", "none"),
+        pytest.param("FFSSS", "FFSSS", "dynamic", marks=pytest.mark.slow),
+        pytest.param(4, "FSSSF", "none", marks=pytest.mark.slow),
     ],
 )
 def test_sharing_is_what_the_same_schedule_is_in_the_model(
@@ -171,6 +171,7 @@ def _tensors(layer: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, x) for name, x in found if isinstance(x, torch.Tensor) and x.dim() > 2]
 
 
+@pytest.mark.slow
 def test_reclaimed_key_caches_are_not_written(passes: Any, traced: Any) -> None:
     passes.options = Options.read({"share": "FSSFS", "reclaim": True})
     model = glm()

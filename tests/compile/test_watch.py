@@ -107,6 +107,7 @@ def artifact(parsed: Path, name: str) -> str:
     return file.read_text()
 
 
+@pytest.mark.slow
 def test_tlparse_lists_what_became_of_the_graph(parsed: Path) -> None:
     assert "aten.scaled_dot_product_attention" in artifact(parsed, "clsa_captured")
     assert "clsa.attention" in artifact(parsed, "clsa_rewritten")
@@ -133,6 +134,7 @@ def test_torchs_debug_folder_holds_the_lowered_graph(run: Run) -> None:
     assert "scaled_dot_product" in graph.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*You are trying to debug:UserWarning")
 def test_depyf_shows_the_lowered_graph(tmp_path: Path) -> None:
     # What comes from a cache is not shown.

@@ -104,6 +104,18 @@ def test_a_slice_is_put_into_itself_for_nothing(trace: Trace) -> None:
     ]
 
 
+def test_a_stream_that_many_layers_add_to_is_no_deep_recursion(trace: Trace) -> None:
+    def fn(x: Tensor, z: Tensor) -> Tensor:
+        y = x * 3
+        for _ in range(1200):
+            y += z
+        return y
+
+    captured = trace(fn, x(), z())
+    assert len(make_values(captured)) == 1200
+    assert mutations(captured.graph) == []
+
+
 def seen_by(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Any]:
     return lambda x, z: fn(x).add_(z)
 
@@ -117,6 +129,8 @@ STAY: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "random numbers": lambda x, z: (x * 3).bernoulli_(0.5) * 0,
     "values that are broadcast": lambda x, z: (x * 3).copy_(z),
     "through a view of another size": lambda x, z: (x * 3).view(12, 6).add_(1),
+    "with another meaning in place": lambda x, z: (x * 3).pow_(2),
+    "read through what is no pure view": lambda x, z: torch.feature_dropout((x * 3).add_(z), 0.5, False),
     "in memory with gaps": lambda x, z: torch.empty_strided((4, 3), (6, 2)).copy_(x[..., 0]),
 }
 

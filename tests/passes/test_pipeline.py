@@ -100,7 +100,7 @@ def test_a_pass_that_loses_a_mutation_is_caught(trace: Trace, monkeypatch: pytes
 
 
 def test_a_pass_that_leaves_a_contract_op_is_caught(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "lower", lambda captured, variants, wrap: (captured, ()))
+    monkeypatch.setattr(pipeline, "lower", lambda captured, *_: (captured, ()))
     with pytest.raises(VerifyError, match="after lower: the contract op attention"):
         run(trace(attend, *inputs()))
 

@@ -133,6 +133,7 @@ def test_the_script_runs_alone_and_finds_no_difference(dumped: Path, tmp_path: P
     assert largest.startswith("largest difference: ")
 
 
+@pytest.mark.slow
 def test_the_script_has_a_status_for_differences(dumped: Path, tmp_path: Path) -> None:
     text = (dumped / "repro.py").read_text()
     wrong = text.replace("actual = compiled(*again)", "actual = [x + 1 for x in compiled(*again)]")

@@ -1,6 +1,6 @@
 """Decoders as packages, in a process of their own: tokens and caches equal eager's, for sizes not exported.
 
-Native code of every family is slow to build, so most run their exported programs here; `--slow` builds all.
+Native code of every family is slow to build: most run their exported programs; `--exhaustive` builds all.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ def test_exported_programs_equal_eager(name: str, tmp_path: Path) -> None:
     check(model, made, tmp_path, is_padded)
 
 
+@pytest.mark.slow
 def test_native_code_equals_eager(decoder: Any, llama: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -44,6 +44,7 @@ def tokens(model: Any) -> list[int]:
     return ids[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.slow
 def test_weights_from_a_checkpoint(runner: Path, decoder: Any, llama: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({n: v for n, v in llama.state_dict().items() if n != "lm_head.weight"}, file)
