@@ -47,7 +47,8 @@ def plan(k: Tensor, v: Tensor, masked: bool = False) -> tuple[int, int, int, int
     if k.dtype == torch.float32:
         return 32, 32, 8, 2
     # The queries of a tile and their weights lie in shared memory too; a mask takes registers.
-    block_m, largest, stages = (64 if masked else 128, 64, 3) if d + dv <= 320 else (64, 32, 2)
+    narrow = (64, 32, 3) if masked else (128, 64, 3)
+    block_m, largest, stages = narrow if d + dv <= 320 else (64, 32, 2)
     return block_m, keys_per_step((d + dv) * k.element_size(), stages, largest), 8, stages
 
 
