@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from clsa_compile import SharingPlan
-from clsa_compile.ir.routing import Index, Layer, Pool
 
 # A file here is called kernels.py: the package of that name, which transformers looks for, goes first.
 if sys.path[0] == str(Path(__file__).parent):
@@ -196,17 +195,33 @@ def index_plan(config: PreTrainedConfig, groups: int, topk: int, key_heads: int 
     )
     hidden, width = config.hidden_size, config.head_dim
     count = key_heads or kv_heads
-    known = tuple(Layer(i, heads, kv_heads, "", width, width, width**-0.5) for i in range(layers))
+    layer = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": width}
     starts = [i * layers // groups for i in range(groups)]
     pools, tensors = [], {}
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], layers], strict=True)):
-        index = Index(str(number), "sum: exp(dot + weight)", 0, count)
-        pools.append(Pool(start, topk, {}, tuple(range(start, end)), index=index))
+        index = {"name": str(number), "score": "sum: exp(dot + weight)", "first_head": 0, "kv_heads": count}
+        members = list(range(start, end))
+        pools.append({"anchor": start, "members": members, "sources": {}, "rows": {}, "index": index})
         used = count * heads // kv_heads
-        shapes = ((heads * width, hidden), (used, hidden), (used,))
-        made = (torch.randn(shape) * 0.02 for shape in shapes)
-        tensors |= dict(zip(index.tensor_names(), made, strict=True))
-    return SharingPlan(topk, known, tuple(pools), 0, 0, kind="distilled", tensors=tensors)
+        for name, shape in (("query", (heads * width, hidden)), ("head", (used, hidden)), ("bias", (used,))):
+            tensors[f"{number}.{name}"] = torch.randn(shape) * 0.02
+    plan = {
+        "format": "clsa sharing plan",
+        "version": 3,
+        "kind": "distilled",
+        "topk": topk,
+        "layers": [{"path": "", "scale": width**-0.5, "softcap": 0.0, **layer}] * layers,
+        "pools": pools,
+        "keep_first": 0,
+        "keep_last": 0,
+        "scope": "layer",
+        "power": 1.0,
+        "model": None,
+        "data": "",
+        "quality": {},
+        "weights": "",
+    }
+    return SharingPlan.from_dict(plan, tensors)
 
 
 def index_bytes(case: Case, cache: StaticCache, groups: int, topk: int, key_heads: int | None) -> int:
