@@ -30,7 +30,7 @@ endif
 help:
 	@echo "make demo     generate text with a small trained model: eager, Inductor and clsa"
 	@echo "make test     the tests that need no GPU and no patience: 20 minutes on two slow cores"
-	@echo "make slow     the others of them (PYTEST_ARGS=--exhaustive for all there is, which takes hours)"
+	@echo "make slow     the others of them (PYTEST_ARGS=--exhaustive for all there is: an hour)"
 	@echo "make lint     ruff and mypy"
 	@echo "make kernels  compile every kernel for every GPU architecture, no GPU needed"
 	@echo "make gpu      the GPU tests and the kernels' times (one CUDA GPU, about 10 minutes)"

@@ -8,7 +8,7 @@ from torch import Tensor
 from clsa_compile.ir.variants import SUPPORTED, Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.decode import ASSUMED_BATCH
-from clsa_compile.kernels.index_topk.select import padded, rows_at_once, rows_unknown, segments, select
+from clsa_compile.kernels.index_topk.select import chunks, padded, rows_unknown, segments, select
 from clsa_compile.kernels.launch import Wrap, bounds_arguments, ceil_div, static
 from clsa_compile.kernels.render import kernel
 
@@ -31,9 +31,7 @@ def launch(
     out = mass.new_empty((b, sets, s, topk), dtype=torch.int32)
     sms = Device.of(mass.device).sms
     batch = b if static(b) else ASSUMED_BATCH
-    chunk = rows_at_once(b, sets, s, t)
-    for first in range(0, s, chunk) if static(s) else (0,):
-        rows = min(chunk, s - first) if static(s) else s
+    for first, rows in chunks(b, sets, s, t):
         scores = mass.new_empty((b, sets, rows, padded(t)))
         wrap(kernel("select_keep", bounds=bounds is not None))[(b * sets * rows, ceil_div(t, BLOCK_T))](
             mass_ptr=mass,

@@ -13,7 +13,7 @@ from clsa_compile.ir.scores import parse_score
 from clsa_compile.ir.variants import Facts, Support, Variant
 from clsa_compile.kernels.device import Device
 from clsa_compile.kernels.index_topk.scan import score_arguments, supports_index
-from clsa_compile.kernels.index_topk.select import padded, rows_at_once, rows_unknown, segments, select
+from clsa_compile.kernels.index_topk.select import chunks, padded, rows_unknown, segments, select
 from clsa_compile.kernels.launch import (
     Wrap,
     bounds_arguments,
@@ -79,9 +79,7 @@ def launch(
     args |= bounds_arguments(bounds) | mask_arguments(mask, mask_inputs) | strides("k", "bhtd", k)
     args |= page_arguments(k, pages)
     out = q.new_empty((b, heads, s, topk), dtype=torch.int32)
-    chunk = rows_at_once(b, heads, s, t)
-    for first in range(0, s, chunk) if static(s) else (0,):
-        rows = min(chunk, s - first) if static(s) else s
+    for first, rows in chunks(b, heads, s, t):
         tpad = padded(t)
         scores = q.new_empty((b, heads, rows, tpad), dtype=torch.float32)
         wrap(jit)[(ceil_div(t, block_n), ceil_div(rows, block_m), b * heads)](

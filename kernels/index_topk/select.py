@@ -8,6 +8,7 @@ again what it cannot hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,14 +84,22 @@ def row_bytes(t: int) -> int:
     return padded(t) * 4 + listed_keys(t, 1) * 8
 
 
-def rows_at_once(b: Any, heads: int, s: Any, t: Any) -> Any:
-    """Returns how many query rows share one buffer of scores.
+def chunks(b: Any, heads: int, s: Any, t: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields (first, rows) of the query rows that share one buffer of scores after the other.
 
-    All of them when S is not known, which is so in exported programs: a loop over an unknown number cannot be
-    traced, and the buffer is still smaller than what the same model needs without clsa.
+    All of them at once when S is not known, which is so in exported programs: a loop over an unknown number
+    cannot be traced, and the buffer is still smaller than what the same model needs without clsa.
     """
     if not static(s):
-        return s
+        yield 0, s
+        return
+    step = rows_at_once(b, heads, s, t)
+    for first in range(0, s, step):
+        yield first, min(step, s - first)
+
+
+def rows_at_once(b: Any, heads: int, s: int, t: Any) -> int:
+    """Returns how many of s query rows share one buffer of scores."""
     line = (b if static(b) else 1) * heads * row_bytes(t if static(t) else ASSUMED_KEYS)
     fitting = max(SCORE_BYTES // line, 1)
     if fitting >= s:

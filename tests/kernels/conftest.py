@@ -51,12 +51,11 @@ def runs_here(item: pytest.Item) -> bool:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     folder = os.path.dirname(__file__)
-    left_out = [i for i in items if str(i.path).startswith(folder) and not runs_here(i)]
+    gone = {i for i in items if str(i.path).startswith(folder) and not runs_here(i)}
     if half := os.environ.get("CLSA_INTERPRETED_HALF"):
-        left_out += [i for i in items if i not in left_out][1 - int(half) :: 2]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        gone = set(left_out)
+        gone.update([i for i in items if i not in gone][1 - int(half) :: 2])
+    if gone:
+        config.hook.pytest_deselected(items=[i for i in items if i in gone])
         items[:] = [i for i in items if i not in gone]
 
 
