@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from shapes import Case, filled_cache
 from smollm2 import NAME, load, model_name
 from texts import Slice, calibration, evaluation, tokens, training, windows
 from timing import measure as timed
+from timing import settled
 from torch import Tensor
 
 import clsa_compile
@@ -99,7 +100,8 @@ class Clock:
             steps.rewind()
             steps.step(run, ids)  # compiles
             self.turn.take()
-            return timed(lambda: steps.step(run, ids), steps.rewind, steps.device).device
+            once = partial(timed, lambda: steps.step(run, ids), steps.rewind, steps.device)
+            return settled(once).timing.device
         finally:
             self.turn.give()
 

@@ -21,7 +21,6 @@ import gc
 import json
 import math
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ from decoders import (
 from headline_report import Results, write_report
 from results import write_text
 from rich.console import Console
-from timing import forget_compiled, measure, read_bandwidth, synchronize
+from timing import Timing, forget_compiled, measure, read_bandwidth, settled, synchronize
 from torch import Tensor
 from yoco_decoder import PRESETS, Cache, Decoder
 
@@ -163,6 +162,7 @@ def by_layers(bench: Bench, variant: Variant, batch: int, length: int, run: Call
     for name in ("ms", "wall_ms"):
         slope = (times[1][name] - times[0][name]) / (large - small)
         found[name] = times[1][name] + slope * (layers - large)
+    found["spread"] = max(part["spread"] for part in times)
     return found | {"computed_from": [small, large], "fits": whole}
 
 
@@ -220,10 +220,12 @@ def timed_step(
     compiled = time.perf_counter() - begin
     bench.turn.take()
     step = partial(call, forward, cache, ids, position)
-    timing = measure(step, lambda: None, bench.device, steps=STEPS, repeats=bench.repeats)
+    once = partial(measure, step, lambda: None, bench.device, steps=STEPS, repeats=bench.repeats)
+    found = settled(once)
     return {
-        "ms": timing.device,
-        "wall_ms": timing.wall,
+        "ms": found.timing.device,
+        "wall_ms": found.timing.wall,
+        "spread": found.spread,
         "peak_bytes": peak(bench.device),
         "compile_s": compiled,
         "layers": model.config.layers,
@@ -238,19 +240,24 @@ def prefill(bench: Bench, variant: Variant, length: int, config: Config) -> dict
     ids, positions = tokens(bench, 1, length), torch.arange(length, device=bench.device)
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(bench.device)
-    times = []
-    for _ in range(5):  # the first compiles, the second warms up
+
+    def once() -> Timing:
         synchronize(bench.device)
         begin = time.perf_counter()
         call(forward, cache, ids, positions)
         synchronize(bench.device)
-        times.append(1e3 * (time.perf_counter() - begin))
-    middle = statistics.median(times[2:])
+        milliseconds = 1e3 * (time.perf_counter() - begin)
+        return Timing(milliseconds, milliseconds)
+
+    first = once()  # compiles
+    once()
+    found = settled(once)
     return {
-        "ms": middle,
-        "wall_ms": middle,
+        "ms": found.timing.wall,
+        "wall_ms": found.timing.wall,
+        "spread": found.spread,
         "peak_bytes": peak(bench.device),
-        "compile_s": 1e-3 * times[0],
+        "compile_s": 1e-3 * first.wall,
         "layers": config.layers,
     }
 

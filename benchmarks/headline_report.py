@@ -10,6 +10,7 @@ from typing import Any
 from decoders import VARIANTS, Config, attention_bytes
 from results import write_text
 from rich.table import Table
+from timing import SPREAD
 
 GIB = 2**30
 GENERATED = (1024, 8192)
@@ -26,8 +27,9 @@ COLUMNS = (
 
 NOTES = """\
 - **prefill tok/s**: a prompt of so many tokens, in one piece, to the logits of its last token, batch 1.
-- **step ms**: device time of one decode step at the last slot of a full cache, median. **decode tok/s**:
-  batch over it. **ratio**: to the Transformer at the same length and batch, which may be computed (*how*).
+- **step ms**: device time of one decode step at the last slot of a full cache, a median; times are measured
+  until two differ by no more than 1%, of which this is the longer. **decode tok/s**: batch over it.
+  **ratio**: to the Transformer at the same length and batch, which may be computed (*how*).
 - **attention ms**: the step less the same step with attention and selection left out; **share** of the step.
   **floor ms**: cache bytes that attention and selection must read over the bandwidth of a plain sum.
 - **e2e**: batch x generated tokens over (batch x one prefill + the sum of their decode steps). Steps between
@@ -198,6 +200,7 @@ def markdown(results: Results, planned: Collection[str], found: list[Row], pictu
         *beside_paper(found),
         *checks(results),
         *failures(results),
+        *unsettled(results),
         "",
         NOTES,
     ]
@@ -208,6 +211,7 @@ def beside_paper(found: list[Row]) -> Iterator[str]:
     """Writes why the ratio end to end is what it is, here and in the paper, where all of it was measured."""
     whole = [r for r in found if r.length == PAPER_LENGTH and r.step is not None and all(r.end_to_end)]
     bases, ours = ({r.batch: r for r in whole if r.variant == name} for name in PAPER)
+    bases = {batch: row for batch, row in bases.items() if row.cell["computed_from"] is None}
     if not bases.keys() & ours.keys():
         return
     batch = max(bases.keys() & ours.keys())
@@ -260,6 +264,16 @@ def failures(results: Results) -> Iterator[str]:
     for key, cell in results.cells.items():
         if "error" in cell:
             yield f"- {key}: {cell['error']}"
+
+
+def unsettled(results: Results) -> Iterator[str]:
+    """Writes which times no two measurements agreed on, and how many were measured only once."""
+    once = sum("ms" in cell and "spread" not in cell for cell in results.cells.values())
+    if once:
+        yield f"- {once} cells were timed once, while other processes compiled, which may have added to some."
+    for key, cell in results.cells.items():
+        if cell.get("spread", 0) > SPREAD:
+            yield f"- {key}: the two shortest of its times differ by {cell['spread']:.1%}"
 
 
 def panel(

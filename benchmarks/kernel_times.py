@@ -1,5 +1,7 @@
 """What each generated kernel takes against what torch offers for the same work; run by kernels.py.
 
+The cases of decode steps with plain caches are here, the others in kernel_cases.py.
+
 A time is the median over replays of a CUDA graph that holds several calls, on different data wherever one
 call's data would fit into the L2 cache, divided by the number of calls. Bytes are those that must be read.
 Each result is compared in the same run with one computed in float32 by torch.
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,16 @@ class Chip:
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step: B sequences, T cache slots of which the first `valid` are filled."""
+    """One step: B sequences, T cache slots of which the first `valid` are filled.
+
+    A prompt has several `queries`, which end where the cache does, and may read a `window` of keys only.
+    """
 
     B: int
     T: int
     valid: int = 0
+    queries: int = 1
+    window: int = 0
 
     @property
     def keys(self) -> int:
@@ -102,8 +109,10 @@ class Shape:
         return self.valid or self.T
 
     def __str__(self) -> str:
+        rows = f" S={self.queries}" if self.queries > 1 else ""
         filled = f" {self.valid} valid" if self.valid else ""
-        return f"B={self.B} T={self.T}{filled}"
+        window = f" window {self.window}" if self.window else ""
+        return f"B={self.B}{rows} T={self.T}{filled}{window}"
 
 
 DENSE = (Shape(1, 131072), Shape(4, 131072), Shape(32, 32768), Shape(1, 131072, 16384))
@@ -206,9 +215,9 @@ def gathered(k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return k.gather(2, rows.expand(b, hkv, TOPK, d)), v.gather(2, rows.expand(b, hkv, TOPK, v.shape[3]))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, pages: Tensor | None = None) -> Tensor:
     """Is our attention over chosen tokens."""
-    args = (q, k, v, indices, None, None, [], None, D**-0.5, 0.0, "")
+    args = (q, k, v, indices, None, None, [], None, D**-0.5, 0.0, "", pages)
     out: Tensor = LAUNCH["sparse_attention", "gather"](*args, wrap=straight)
     return out
 
@@ -240,30 +249,36 @@ def random_indices(shape: Shape, seed: int) -> Tensor:
     return torch.stack(rows).sort(-1).values.to(torch.int32).view(shape.B, 1, 1, TOPK)
 
 
+def plain(cache: Tensor, pages: Tensor | None) -> Tensor:
+    """Returns the keys of a pool [N, HKV, P, D] in order, copied by torch; other caches as they are."""
+    return cache if pages is None else cache.transpose(1, 2)[pages.long()].flatten(1, 2).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Index:
-    """One index: its queries, its score, and the ways to compute and to choose."""
+    """One index: its queries, score and block table, and the ways to compute and to choose."""
 
     q: Tensor
     weight: Tensor | None
     score: Score
+    pages: Tensor | None = None
 
     def scores(self, k: Tensor) -> Tensor:
         """Returns our scores, rows padded."""
-        args = (self.q, k, self.weight, None, None, None, [], D**-0.5, self.score.text, "", False)
-        return index_decode.scan(*args, wrap=straight)
+        given = (self.weight, None, None, None, [], D**-0.5, self.score.text, "", False)
+        return index_decode.scan(self.q, k, *given, self.pages, wrap=straight)
 
     def choose(self, k: Tensor, wrap: Wrap = straight) -> Tensor:
         """Returns the chosen positions [B, 1, S, TOPK]."""
-        args = (self.q, k, self.weight, None, None, None, [], TOPK, D**-0.5, self.score.text, "", False)
+        given = (self.weight, None, None, None, [], TOPK, D**-0.5, self.score.text, "", False)
         name = "decode" if self.q.shape[2] == 1 else "rows"
-        out: Tensor = LAUNCH["index_topk", name](*args, wrap=wrap)
+        out: Tensor = LAUNCH["index_topk", name](self.q, k, *given, self.pages, wrap=wrap)
         return out
 
     def scores_by_torch(self, k: Tensor) -> Tensor:
         """Returns scores [B, S, T] as torch computes them."""
         # One batched matmul; with the key head as a dimension to broadcast, torch copies the keys.
-        dot = torch.einsum("bhsd,btd->bhst", self.q, k.squeeze(1)).float()
+        dot = torch.einsum("bhsd,btd->bhst", self.q, plain(k, self.pages).squeeze(1)).float()
         points = dot if self.weight is None else dot.relu() * self.weight.unsqueeze(-1)
         return points.sum(1)
 
@@ -274,7 +289,7 @@ class Index:
     def exact(self, k: Tensor) -> Tensor:
         """Returns float32 scores [B, 1, S, T]."""
         given = (self.weight, None, None, [], D**-0.5, self.score, "", False)
-        return index_scores_reference(self.q, k, *given)
+        return index_scores_reference(self.q, plain(k, self.pages), *given)
 
 
 def index_of(batch: int, heads: int, queries: int = 1) -> Index:
@@ -297,17 +312,22 @@ def scan(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
     bytes_read = shape.B * shape.T * D * 2
     sets = [normal(shape.B, 1, shape.T, D) for _ in range(sets_for(bytes_read))]
     for heads in (64, 1):
-        index = index_of(shape.B, heads)
-        name = f"{shape} {heads} head{'s' if heads > 1 else ''}"
-        took = graph_time([partial(index.scores, s) for s in sets], repeats)
-        other = graph_time([partial(index.scores_by_torch, s) for s in sets], repeats)
-        error = relative(index.scores(sets[0])[..., : shape.T], index.exact(sets[0]))
-        work = (bytes_read, 2.0 * shape.B * heads * shape.T * D)
-        yield chip.result("index scan", name, (took, other), work, error, 1e-5)
-        took = graph_time([partial(index.choose, s) for s in sets], repeats)
-        other = graph_time([partial(index.choose_by_torch, s) for s in sets], repeats)
-        error = miss(index, sets[0])
-        yield chip.result("index scan and top-k", name, (took, other), work, error, 1e-5)
+        yield from scans(shape, index_of(shape.B, heads), sets, chip, repeats)
+
+
+def scans(shape: Shape, index: Index, sets: Sequence[Tensor], chip: Chip, repeats: int) -> Iterator[Result]:
+    """Is `scan` of one index; `sets` are keys, in pages where the index has a block table."""
+    heads, paged = index.q.shape[1], "" if index.pages is None else ", paged"
+    name = f"{shape} {heads} head{'s' if heads > 1 else ''}"
+    took = graph_time([partial(index.scores, s) for s in sets], repeats)
+    other = graph_time([partial(index.scores_by_torch, s) for s in sets], repeats)
+    error = relative(index.scores(sets[0])[..., : shape.T], index.exact(sets[0]))
+    work = (2.0 * shape.B * shape.T * D, 2.0 * shape.B * heads * shape.T * D)
+    yield chip.result(f"index scan{paged}", name, (took, other), work, error, 1e-5)
+    took = graph_time([partial(index.choose, s) for s in sets], repeats)
+    other = graph_time([partial(index.choose_by_torch, s) for s in sets], repeats)
+    error = miss(index, sets[0])
+    yield chip.result(f"index scan and top-k{paged}", name, (took, other), work, error, 1e-5)
 
 
 def prefill(shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
@@ -435,8 +455,11 @@ def table_of(results: Sequence[Result], chip: Chip) -> Table:
 
 def main() -> int:
     """Runs the parts that were asked for; returns 1 when a result is wrong."""
+    from kernel_cases import CASES  # which imports this module
+
+    parts = {name: (part,) for name, part in PARTS.items()} | CASES
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=sorted(PARTS), default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=sorted(parts), default=list(parts))
     parser.add_argument("--repeats", type=int, default=30, help="replays of each graph")
     parser.add_argument("--out", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--plot", type=Path, help="also draw them under the roofline, in this PNG file")
@@ -448,7 +471,7 @@ def main() -> int:
     results: list[Result] = []
     with torch.no_grad():
         chip = Chip(read_bandwidth(CUDA), matmul_rate())
-        for run, shapes in (PARTS[name] for name in options.only):
+        for run, shapes in chain.from_iterable(parts[name] for name in options.only):
             for shape in shapes:
                 results += run(shape, chip, options.repeats)
                 torch.cuda.empty_cache()

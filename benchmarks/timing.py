@@ -12,6 +12,7 @@ WARM_UP = 5  # calls: compile, warm up, record the CUDA graph, replay twice
 # The device spins this long before a timed step, so that the host is done launching it: events
 # then bracket the device's work alone. 1e7 cycles are about 6 ms.
 SPIN_CYCLES = 10_000_000
+SPREAD = 0.01  # two measurements that differ by no more agree
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,26 @@ def measure(
     wall = wall_time(step, before, device, steps, max(repeats // 5, 3))
     on_device = device_time(step, before, repeats) if device.type == "cuda" else wall
     return Timing(on_device, wall)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What two measurements agree on, and by how much the two differ, as a share of the smaller."""
+
+    timing: Timing
+    spread: float
+
+
+def settled(once: Callable[[], Timing], most: int = 8) -> Settled:
+    """Measures until the two shortest device times agree, so often at most; gives the longer of the two.
+
+    What else uses the device meanwhile, as other processes that compile and try their kernels, only ever adds
+    time. SPREAD says what agrees.
+    """
+    found = sorted((once(), once()), key=lambda timing: timing.device)
+    while found[1].device > (1 + SPREAD) * found[0].device and len(found) < most:
+        found = sorted((*found, once()), key=lambda timing: timing.device)
+    return Settled(found[1], found[1].device / found[0].device - 1)
 
 
 def extra_memory(step: Callable[[], object], device: torch.device) -> int | None:

@@ -14,7 +14,14 @@ from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from clsa_compile.capture.dynamo import capture, higher_order, name_buffers, subclass_input, uses_autocast
+from clsa_compile.capture.dynamo import (
+    capture,
+    higher_order,
+    name_buffers,
+    returns_growing_cache,
+    subclass_input,
+    uses_autocast,
+)
 from clsa_compile.config import Options
 from clsa_compile.dispatch import kernels, torch_kernels
 from clsa_compile.errors import (
@@ -326,11 +333,24 @@ def _warn_once(key: str, message: str) -> None:
 
 def _inductor(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
     patches = inductor_settings(options)
+    if _would_overwrite(gm, patches, options):
+        patches["triton.cudagraphs"] = False
+        _warn_once(
+            "growing",
+            f"mode={options.mode!r}: graphs that return a growing cache run without CUDA graphs, whose next "
+            "run would overwrite the cache (pytorch/pytorch#175557); a StaticCache keeps them",
+        )
     # Part of the keys of both caches: another pipeline or other options never find this graph.
     tag = f"clsa:{uuid()}:{options.identity()}"
     with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches or None)
     return saveable(compiled)
+
+
+def _would_overwrite(gm: GraphModule, patches: Mapping[str, Any], options: Options) -> bool:
+    """Tells whether a CUDA graph, not asked for by its own name, would own a cache that outlives its run."""
+    by_mode = patches.get("triton.cudagraphs") and "triton.cudagraphs" not in options.inductor
+    return bool(by_mode) and returns_growing_cache(gm)
 
 
 def inductor_settings(options: Options) -> dict[str, Any]:

@@ -37,7 +37,9 @@ TABLE = {
     "policies": rule("errors ir policies", ""),
     "passes": rule("errors config ir passes", "torch sympy"),
     "kernels": rule("errors ir kernels", "torch sympy jinja2 triton"),
-    "kernel script": rule("errors ir kernels", "torch sympy triton rich timing kernel_times roofline"),
+    "kernel script": rule(
+        "errors ir kernels", "torch sympy triton rich timing kernel_times kernel_cases roofline"
+    ),
     DRIVER: rule(
         "errors config ir policies passes kernels driver public",
         "torch sympy jinja2 rich transformers triton safetensors matplotlib",

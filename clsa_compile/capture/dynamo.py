@@ -15,12 +15,15 @@ from clsa_compile.capture.replay import Replaying
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.emit import Emitter
+from clsa_compile.passes.indexing import step
+from clsa_compile.passes.savings import parameter
 
 __all__ = [
     "GraphBreak",
     "capture",
     "higher_order",
     "placeholders",
+    "returns_growing_cache",
     "spell_out",
     "subclass_input",
     "uses_autocast",
@@ -57,6 +60,26 @@ def higher_order(module: GraphModule) -> str | None:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return str(node.target.name())
     return None
+
+
+def returns_growing_cache(module: GraphModule) -> bool:
+    """Tells whether a graph returns an input, or nothing yet, with more appended, for the next call."""
+    (output,) = module.graph.find_nodes(op="output")
+    return any(_grows(node) for node in output.all_input_nodes)
+
+
+def _grows(node: Node) -> bool:
+    while (view := step(node)) is not None:  # layers with a window return the last rows
+        node = view.root
+    if node.target not in (torch.cat, torch.ops.aten.cat.default):
+        return False
+    parts = node.args[0] if node.args else node.kwargs["tensors"]
+    first = parts[0] if isinstance(parts, list | tuple) else None
+    if not isinstance(first, Node):
+        return False
+    value = first.meta.get("val", first.meta.get("example_value"))
+    is_state = first.op == "placeholder" and not parameter(first)
+    return is_state or (isinstance(value, torch.Tensor) and value.shape == (0,))
 
 
 def capture(module: GraphModule, replays: bool = True) -> Captured:

@@ -100,11 +100,13 @@ def test_a_time_is_computed_from_two_numbers_of_layers() -> None:
     bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=True)
 
     def run(config: Config) -> dict[str, Any]:
-        return {"ms": 1.0 + 0.5 * config.layers, "wall_ms": 2.0 * config.layers, "layers": config.layers}
+        depth = config.layers
+        return {"ms": 1 + 0.5 * depth, "wall_ms": 2.0 * depth, "layers": depth, "spread": 0.1 / depth}
 
     found = headline.by_layers(bench, VARIANTS["clsa"], 1, 64, run)
     assert found["ms"] == pytest.approx(17.0)
     assert found["wall_ms"] == pytest.approx(64.0)
+    assert found["spread"] == pytest.approx(0.025), "the larger of both"
     assert found["computed_from"] == [4, 8]
     assert found["fits"]
     assert headline.by_layers(replace(bench, quick=False), VARIANTS["clsa"], 1, 64, run)["layers"] == 32
@@ -112,7 +114,7 @@ def test_a_time_is_computed_from_two_numbers_of_layers() -> None:
 
 def test_what_does_not_fit_is_computed_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: Config) -> dict[str, Any]:
-        return {"ms": 1.0, "wall_ms": 1.0, "layers": config.layers}
+        return {"ms": 1.0, "wall_ms": 1.0, "layers": config.layers, "spread": 0.0}
 
     bench = Bench(replace(CONFIG, layers=32), CPU, 1, quick=False)
     monkeypatch.setattr(Bench, "fits", lambda self, config, batch, length: config.layers <= 8)
@@ -302,6 +304,28 @@ def test_the_ratio_end_to_end_is_told_beside_the_papers(rows_of_two: list[headli
     assert "prompts are 20.4x as fast, steps 7.6x, end to end 17.1x" in first
     assert "10.00x with 1024 generated and 15.00x with 8192" in second
     assert "With 16 sequences of CLSA to 8 of the Transformer, whose cache then takes 64 GiB" in second
+
+
+def test_what_is_told_beside_the_paper_compares_steps_that_were_measured_whole(
+    rows_of_two: list[headline_report.Row],
+) -> None:
+    base = rows_of_two[0]
+    computed = replace(base, batch=16, cell=base.cell | {"computed_from": [4, 8]})
+    first, second, _ = headline_report.beside_paper([*rows_of_two, computed])
+    assert "a step of 8 sequences, the most at which both were measured" in first
+    assert "With 16 sequences of CLSA to 8 of the Transformer" in second
+
+
+def test_times_that_did_not_agree_are_named_and_those_measured_once_counted() -> None:
+    found = Results({}, [], {
+        "decode/8192/1/clsa": {"ms": 1.0, "spread": 0.2},
+        "decode/8192/1/yoco": {"ms": 1.0, "spread": 0.01},
+        "decode/8192/4/yoco": {"ms": 1.0},
+        "check/8192/4/yoco": {"passed": True},
+    })  # fmt: skip
+    once, apart = headline_report.unsettled(found)
+    assert "1 cells were timed once" in once
+    assert apart == "- decode/8192/1/clsa: the two shortest of its times differ by 20.0%"
 
 
 @pytest.mark.parametrize("missing", ["transformer", "clsa"])

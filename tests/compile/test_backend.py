@@ -712,6 +712,61 @@ def test_a_dump_that_cannot_be_written_is_an_error(tmp_path: Path, without_induc
         run(torch.randn(B, S, WIDTH))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v32"])
+def test_graphs_that_return_a_growing_cache_are_no_cuda_graphs(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph's next run would overwrite the cache that it returned: torch raises an error."""
+    seen: list[Any] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
+        seen.append(config_patches["triton.cudagraphs"])
+        return gm.forward
+
+    def settings(cache: str, **options: Any) -> tuple[set[bool], list[str]]:
+        torch._dynamo.reset()
+        clsa_compile.backend._warn_once.cache_clear()
+        seen.clear()
+        model = tiny(family)
+        prime = model if cache == "static" else None
+        run = compiled(model, mode="reduce-overhead", **options)
+        _, messages = caught(lambda: generate_steps(run, model.config, cache=cache, steps=2, prime=prime))
+        return set(seen), [message for message in messages if "growing cache" in message]
+
+    monkeypatch.setattr(clsa_compile.backend, "compile_fx", compile_fx)
+    grown, messages = settings("dynamic")
+    assert grown == {False}
+    assert len(messages) == 1
+    assert "StaticCache" in messages[0]
+    assert settings("static") == ({True}, [])
+    assert settings("none") == ({True}, [])
+    asked, messages = settings("dynamic", inductor={"triton.cudagraphs": True})
+    assert (asked, messages) == ({True}, []), "who names it has it"
+
+
+def test_a_graph_that_is_left_returns_a_growing_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any = None) -> Any:
+        seen.append(config_patches["triton.cudagraphs"])
+        return gm.forward
+
+    class Appends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(1, 4))
+
+        def forward(self, held: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+            return (torch.cat([held, new]),) if held.shape[0] > 1 else (torch.cat([self.first, new]),)
+
+    monkeypatch.setattr(clsa_compile.backend, "compile_fx", compile_fx)
+    with torch.no_grad():
+        run = compiled(Appends(), mode="reduce-overhead")
+        run(torch.randn(3, 4), torch.randn(2, 4))
+        run(torch.randn(1, 4), torch.randn(2, 4))
+    assert seen == [False, True], "a weight with rows appended is no cache"
+
+
 def test_options_for_inductor_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
