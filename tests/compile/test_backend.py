@@ -215,7 +215,7 @@ def test_inductor_compiles_what_was_rewritten(mode: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cache"),
     [
-        ("llama", "dynamic"),
+        pytest.param("llama", "dynamic", marks=pytest.mark.slow),
         ("llama", "static"),
         pytest.param("glm_moe_dsa", "dynamic", marks=pytest.mark.slow),
     ],

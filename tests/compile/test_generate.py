@@ -78,6 +78,7 @@ def test_generate_attends_to_what_a_plan_of_trained_indices_selects(
     assert (steps(model, model) - expected).abs().max() > TOLERANCE, "the plan changes results"
 
 
+@pytest.mark.slow
 def test_generate_with_a_compile_config_gives_the_eager_tokens() -> None:
     from transformers import CompileConfig
 

@@ -62,7 +62,7 @@ def with_schedule(schedule: str) -> nn.Module:
         (4, "FSSSF", "static"),
         ("FFSSS", "FFSSS", "static"),
         (1, "FFFFF", "static"),
-        (2, "FSFSF", "dynamic"),
+        pytest.param(2, "FSFSF", "dynamic", marks=pytest.mark.slow),
         pytest.param("FFSSS", "FFSSS", "dynamic", marks=pytest.mark.slow),
         pytest.param(4, "FSSSF", "none", marks=pytest.mark.slow),
     ],
@@ -210,7 +210,7 @@ def handing_on(schedule: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("reclaim", [False, True])
+@pytest.mark.parametrize("reclaim", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_deepseek_shares_though_it_has_no_schedule_of_its_own(
     reclaim: bool, passes: Any, traced: Any
 ) -> None:
