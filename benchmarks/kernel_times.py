@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from clsa_compile.ir.files import write_text
+from clsa_compile.ir.pages import gathered as in_order
 from clsa_compile.ir.references import index_scores_reference, mask_bounds_reference
 from clsa_compile.ir.scores import DOT_PRODUCT, LIGHTNING, Score
 from clsa_compile.kernels.catalog import VARIANTS
@@ -249,11 +250,6 @@ def random_indices(shape: Shape, seed: int) -> Tensor:
     return torch.stack(rows).sort(-1).values.to(torch.int32).view(shape.B, 1, 1, TOPK)
 
 
-def plain(cache: Tensor, pages: Tensor | None) -> Tensor:
-    """Returns the keys of a pool [N, HKV, P, D] in order, copied by torch; other caches as they are."""
-    return cache if pages is None else cache.transpose(1, 2)[pages.long()].flatten(1, 2).transpose(1, 2)
-
-
 @dataclass(frozen=True)
 class Index:
     """One index: its queries, score and block table, and the ways to compute and to choose."""
@@ -278,7 +274,7 @@ class Index:
     def scores_by_torch(self, k: Tensor) -> Tensor:
         """Returns scores [B, S, T] as torch computes them."""
         # One batched matmul; with the key head as a dimension to broadcast, torch copies the keys.
-        dot = torch.einsum("bhsd,btd->bhst", self.q, plain(k, self.pages).squeeze(1)).float()
+        dot = torch.einsum("bhsd,btd->bhst", self.q, in_order(k, self.pages).squeeze(1)).float()
         points = dot if self.weight is None else dot.relu() * self.weight.unsqueeze(-1)
         return points.sum(1)
 
@@ -289,7 +285,7 @@ class Index:
     def exact(self, k: Tensor) -> Tensor:
         """Returns float32 scores [B, 1, S, T]."""
         given = (self.weight, None, None, [], D**-0.5, self.score, "", False)
-        return index_scores_reference(self.q, plain(k, self.pages), *given)
+        return index_scores_reference(self.q, in_order(k, self.pages), *given)
 
 
 def index_of(batch: int, heads: int, queries: int = 1) -> Index:

@@ -19,7 +19,7 @@ from clsa_compile.ir.sites import AttentionSite, IndexerSite, Operand
 from clsa_compile.ir.variants import Facts, select
 from clsa_compile.passes.analyze import written
 from clsa_compile.passes.group import describe_mask
-from clsa_compile.passes.indexing import step
+from clsa_compile.passes.indexing import root, step
 from clsa_compile.passes.pipeline import Decision, without
 from clsa_compile.passes.savings import sizes_of
 
@@ -168,9 +168,9 @@ def window_of(site: AttentionSite) -> int | None:
     return min((int(span) for span in spans if span.is_Integer), default=None)
 
 
-def _cache(root: Node, is_short: bool) -> str:
+def _cache(keys: Node, is_short: bool) -> str:
     """Returns what holds the keys: walks back through views and writes to a graph's input, or to none."""
-    node, kind = root, "ring" if is_short else "static"
+    node, kind = keys, "ring" if is_short else "static"
     for _ in range(64):
         if node.op == "placeholder":
             return kind
@@ -193,9 +193,7 @@ def _cache(root: Node, is_short: bool) -> str:
 
 def _held(node: Any) -> bool:
     """Tells whether a tensor is a graph's input, seen through views."""
-    while isinstance(node, Node) and node.op == "call_function" and (view := step(node)) is not None:
-        node = view.root
-    return isinstance(node, Node) and node.op == "placeholder"
+    return isinstance(node, Node) and root(node).op == "placeholder"
 
 
 def _rolled(node: Any) -> bool:

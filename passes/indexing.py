@@ -229,6 +229,13 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def root(node: Node) -> Node:
+    """Returns what a node is a view of, through all of them; itself where it is none."""
+    while (view := step(node)) is not None:
+        node = view.root
+    return node
+
+
 def step(node: Node, *, casts: bool = False) -> View | None:
     """Returns a node as a view of its own input, or None when it is not one.
 

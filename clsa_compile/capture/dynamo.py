@@ -15,7 +15,7 @@ from clsa_compile.capture.replay import Replaying
 from clsa_compile.errors import CaptureError
 from clsa_compile.ir.captured import Captured
 from clsa_compile.passes.emit import Emitter
-from clsa_compile.passes.indexing import step
+from clsa_compile.passes.indexing import root
 from clsa_compile.passes.savings import parameter
 
 __all__ = [
@@ -69,8 +69,7 @@ def returns_growing_cache(module: GraphModule) -> bool:
 
 
 def _grows(node: Node) -> bool:
-    while (view := step(node)) is not None:  # layers with a window return the last rows
-        node = view.root
+    node = root(node)  # layers with a window return the last rows
     if node.target not in (torch.cat, torch.ops.aten.cat.default):
         return False
     parts = node.args[0] if node.args else node.kwargs["tensors"]
