@@ -18,6 +18,7 @@ BASELINE, OURS = "transformer", "clsa"
 # Tokens a second of prompts, steps, and end to end, as notes on the paper's tables 9 to 12 quote them.
 PAPER_LENGTH = 131072
 PAPER = {BASELINE: (1019, 431.16, 62.53), OURS: (20742, 3276.80, 1068.06)}
+NAMED = 6  # cells in one line
 SAMPLES = 16  # of the steps of a generation, whose mean is taken
 COLUMNS = (
     "tokens", "batch", "decoder", "prefill tok/s", "step ms", "decode tok/s", "ratio", "attention ms",
@@ -268,9 +269,10 @@ def failures(results: Results) -> Iterator[str]:
 
 def unsettled(results: Results) -> Iterator[str]:
     """Writes which times no two measurements agreed on, and how many were measured only once."""
-    once = sum("ms" in cell and "spread" not in cell for cell in results.cells.values())
+    once = [key for key, cell in results.cells.items() if "ms" in cell and "spread" not in cell]
     if once:
-        yield f"- {once} cells were timed once, while other processes compiled, which may have added to some."
+        names = ", ".join(once[:NAMED]) + (", ..." if len(once) > NAMED else "")
+        yield f"- {len(once)} cells were timed once, in a call that did not repeat times: {names}"
     for key, cell in results.cells.items():
         if cell.get("spread", 0) > SPREAD:
             yield f"- {key}: the two shortest of its times differ by {cell['spread']:.1%}"
@@ -301,11 +303,13 @@ def panel(
     axis.legend(fontsize="small")
 
 
-def places(results: Results, planned: Collection[str]) -> tuple[list[int], list[int]]:
-    """Gives the lengths and the batches of steps, measured or not."""
+def places(results: Results, planned: Collection[str]) -> dict[int, list[int]]:
+    """Gives the lengths of steps and the batches of each, measured or not."""
     everything = Results({}, [], dict.fromkeys([*planned, *results.cells]))
-    lengths, batches, _ = zip(*everything.keys("decode"), strict=True)
-    return sorted(set(lengths)), sorted(set(batches))
+    found: dict[int, set[int]] = {}
+    for length, batch, _ in everything.keys("decode"):
+        found.setdefault(length, set()).add(batch)
+    return {length: sorted(found[length]) for length in sorted(found)}
 
 
 def draw(results: Results, planned: Collection[str], found: list[Row], out: Path) -> list[Path]:
@@ -315,7 +319,7 @@ def draw(results: Results, planned: Collection[str], found: list[Row], out: Path
     except ImportError:
         print("no pictures: pip install matplotlib; --report draws them later, also elsewhere")
         return []
-    lengths, batches = places(results, planned)
+    batches = places(results, planned)
     note = f"{results.environment['device']}; hollow: computed from fewer layers; gaps: not measured"
     pictures = {
         "decode": {"decode steps": lambda r: r.rate},
@@ -326,14 +330,14 @@ def draw(results: Results, planned: Collection[str], found: list[Row], out: Path
     }
     paths = []
     for name, rates in pictures.items():
-        size = 4.5 * len(lengths), 0.5 + 3.8 * len(rates)
+        size = 4.5 * len(batches), 0.5 + 3.8 * len(rates)
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(note)
         lines = figure.subfigures(len(rates), 1, squeeze=False)[:, 0]
         for line, (title, rate) in zip(lines, rates.items(), strict=True):
             line.suptitle(title)
-            for axis, length in zip(line.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
-                panel(axis, found, length, batches, rate)
+            for axis, length in zip(line.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+                panel(axis, found, length, batches[length], rate)
         paths.append(out.with_name(f"{out.name}_{name}.png"))
         figure.savefig(paths[-1], dpi=110)
     return paths
