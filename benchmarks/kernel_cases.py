@@ -5,7 +5,7 @@ Ours are the contract ops as anyone can call them, where kernel_times.py has no 
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from kernel_times import (
     COLD_BYTES,
     CUDA,
     HKV,
+    LAUNCH,
     TOPK,
     Chip,
     D,
@@ -29,6 +30,7 @@ from kernel_times import (
     relative,
     scans,
     sets_for,
+    straight,
 )
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,6 +40,7 @@ SCALE = D**-0.5
 # MLA: heads that share one row of the cache in a decode step and in a prompt, its width, and its values'.
 LATENT_HEADS, LATENT_PROMPT_HEADS, LATENT, LATENT_VALUES = 128, 16, 576, 512
 PAGE = 64
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 # Of the largest value; and row by row, where rounding to bfloat16 alone may take 2**-8.
 BUDGET, ROW_BUDGET = 2**-7, 2**-6
 
@@ -209,6 +212,66 @@ def prompt(shape: Shape, sets: Sequence[Operands], repeats: int) -> tuple[float,
     return took, work_of(sets[0], mask), row_error(ours(q, k, v), exact)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Heads of a layer, those of its cache, and their widths."""
+
+    count: int = H
+    kv: int = HKV
+    d: int = D
+    dv: int = D
+
+
+def sparse_prompt(heads: Heads, shape: Shape, chip: Chip, repeats: int) -> Iterator[Result]:
+    """A prompt whose rows select 2048 tokens each, in blocks of rows and row by row, against dense SDPA.
+
+    Neighbouring rows share most of their tokens, or next to none.
+    """
+    q = normal(1, heads.count, shape.queries, heads.d)
+    k, v = normal(1, heads.kv, shape.T, heads.d), normal(1, heads.kv, shape.T, heads.dv)
+    scale = heads.d**-0.5
+
+    def sdpa() -> Tensor:
+        with sdpa_kernel(FUSED):
+            return scaled_dot_product_attention(q, k, v, enable_gqa=heads.kv < heads.count)
+
+    dense = graph_time([sdpa], max(3, repeats // 10))
+    some = torch.arange(0, shape.queries, shape.queries // 4, device=CUDA)
+    for spread in (0.005, 100.0):
+        indices = rows_of_tokens(shape, spread)
+        pairs = zip(indices[0, 0, 0:64:2].tolist(), indices[0, 0, 1:64:2].tolist(), strict=True)
+        shared = [len({*one} & {*other}) / TOPK for one, other in pairs]
+        name = f"{shape} {heads.count}/{heads.kv} heads, {sum(shared) / len(shared):.0%} shared"
+        given = (indices, None, None, [], None, scale, 0.0, "")
+        exact = torch.cat([one_row(q[:, :, i : i + 1], k, v, indices[0, 0, i], scale) for i in some], 2)
+        for way, variant in (("blocks of rows", "rows"), ("row by row", "gather")):
+            launch = partial(LAUNCH["sparse_attention", variant], q, k, v, *given, wrap=straight)
+            took = graph_time([launch], max(3, repeats // 10))
+            error = row_error(launch()[:, :, some], exact)
+            work = (
+                float(k.nbytes + v.nbytes),
+                2.0 * heads.count * shape.queries * TOPK * (heads.d + heads.dv),
+            )
+            yield chip.result(f"sparse prompt, {way}", name, (took, dense), work, error, ROW_BUDGET)
+
+
+def rows_of_tokens(shape: Shape, spread: float) -> Tensor:
+    """Returns indices [1, 1, S, TOPK]: each row has its own order of tokens, `spread` from a common one."""
+    common = torch.rand(shape.T, device=CUDA)
+    chosen = [
+        (common + spread * torch.rand(256, shape.T, device=CUDA)).topk(TOPK).indices.sort(-1).values
+        for _ in range(shape.queries // 256)
+    ]
+    return torch.cat(chosen).to(torch.int32).view(1, 1, shape.queries, TOPK)
+
+
+def one_row(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """Returns attention of one query row over its tokens, in float32."""
+    keys, values = (x[:, :, tokens.long()].float() for x in (k, v))
+    grouped = q.float().view(1, k.shape[1], -1, q.shape[3])
+    return ((grouped @ keys.mT * scale).softmax(-1) @ values).view(1, q.shape[1], 1, -1)
+
+
 def pool(shape: Shape, heads: int) -> Tensor:
     """Returns an engine's pages [N, P, heads, D], transposed as the ops take them."""
     return normal(shape.B * shape.T // PAGE, PAGE, heads, D).transpose(1, 2)
@@ -289,5 +352,9 @@ CASES: dict[str, tuple[Part, ...]] = {
         (paged_sparse, (Shape(4, 131072),)),
         (paged_scan, (Shape(8, 131072),)),
     ),
-    "rows": ((rows, (causal(4096), causal(8192, window=512))),),
+    "rows": (
+        (rows, (causal(4096), causal(8192, window=512))),
+        (partial(sparse_prompt, Heads()), (causal(4096, 131072),)),
+        (partial(sparse_prompt, Heads(16, 16, 192, 128)), (causal(4096, 131072),)),
+    ),
 }

@@ -18,6 +18,7 @@ from clsa_compile.kernels.index_topk import decode as index_decode
 from clsa_compile.kernels.index_topk import pooled as index_pooled
 from clsa_compile.kernels.index_topk import rows as index_rows
 from clsa_compile.kernels.sparse_attention import gather
+from clsa_compile.kernels.sparse_attention import rows as sparse_rows
 
 VARIANTS: tuple[Variant, ...] = (
     attention_decode.DECODE,
@@ -25,6 +26,7 @@ VARIANTS: tuple[Variant, ...] = (
     attention_rows.ROWS,
     index_decode.DECODE,
     index_rows.ROWS,
+    sparse_rows.ROWS,
     gather.GATHER,
     mass.MASS,
     attention_pooled.POOLED,

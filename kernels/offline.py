@@ -278,6 +278,7 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "sparse_attention", "D=64", _sparse(256, 1, 9, 3, 1, t, 64, 64, bf16)
     yield "sparse_attention", "fp32 D=64", _sparse(256, 1, 9, 3, 1, 2048, 64, 64, fp32)
     yield "sparse_attention", "fp32 D=128", _sparse(256, 1, *llama, 1, 2048, 128, 128, fp32)
+    yield from _sparse_rows_configurations(t)
 
     lightning = LIGHTNING.text
     yield "index_topk", "DSA, 64 heads", _index(1, 64, 1, 1, t, 128, bf16, lightning, **masked)
@@ -298,6 +299,41 @@ def configurations() -> Iterator[tuple[str, str, list[Any]]]:
     yield "index_topk", "rows, kv heads", _index(1, 9, 3, 64, t, 64, bf16, MASS.text)
     yield from _paged_configurations(t)
     yield from _mass_configurations()
+
+
+def _sparse_rows_configurations(t: int) -> Iterator[tuple[str, str, list[Any]]]:
+    """Yields prompts over selected tokens: few and many heads of a kv head, widths, masks, pages."""
+    bf16, fp16, i32 = torch.bfloat16, torch.float16, torch.int32
+    causal: dict[str, Any] = {"predicate": "kv <= in0(q)", "inputs": [meta(1, dtype=torch.int64)]}
+    masked: dict[str, Any] = {"mask": meta(1, 1, 512, 4096, dtype=torch.bool)}
+    every: dict[str, Any] = {"mask": meta(1, 1, 512, 4096), "sinks": meta(8, dtype=bf16), "softcap": 50.0}
+    yield "sparse_attention", "MLA expanded rows", _sparse(2048, 1, 16, 16, 4096, t, 192, 128, bf16, **causal)
+    yield (
+        "sparse_attention",
+        "MLA expanded rows, mask",
+        _sparse(2048, 1, 16, 16, 512, 4096, 192, 128, bf16, **masked),
+    )
+    yield (
+        "sparse_attention",
+        "4096 of 131072, rows",
+        _sparse(4096, 1, 16, 8, 512, t, 128, 128, bf16, **causal),
+    )
+    yield "sparse_attention", "20 tokens, rows", _sparse(20, 1, 16, 8, 512, 512, 128, 128, bf16, **causal)
+    yield "sparse_attention", "D=64, rows", _sparse(256, 1, 9, 3, 2048, 2048, 64, 64, bf16, **causal)
+    yield "sparse_attention", "D=256, rows", _sparse(512, 1, 8, 4, 512, 4096, 256, 256, bf16, **every)
+    yield (
+        "sparse_attention",
+        "8 sets, rows",
+        _sparse(512, 1, 24, 8, 512, 4096, 128, 128, fp16, heads=8, **masked),
+    )
+    yield "sparse_attention", "fp32, rows", _sparse(256, 1, 9, 3, 512, 2048, 64, 64, torch.float32, **causal)
+    yield "sparse_attention", "fp32 D=128, rows", _sparse(256, 1, 24, 8, 512, 2048, 128, 128, torch.float32)
+    many: dict[str, Any] = {"predicate": "kv <= in0(b) + q", "inputs": [meta(4, dtype=i32)]}
+    yield (
+        "sparse_attention",
+        "Llama rows, paged",
+        _paged(16, _sparse(2048, 4, 24, 8, 512, t, 128, 128, bf16, **many)),
+    )
 
 
 def _paged_configurations(t: int) -> Iterator[tuple[str, str, list[Any]]]:
@@ -388,6 +424,8 @@ def recorded() -> Iterator[tuple[str, Launch]]:
             rows = arguments[0].shape[2]
             few = variant.name in ("decode", "pooled")
             if few != (rows <= 8) and op in ("attention", "index_topk", "attention_mass"):
+                continue
+            if op == "sparse_attention" and variant.name == "rows" and rows <= 8:
                 continue
             if few and (variant.name == "pooled") != (len(arguments) == POOLED.get(op)):
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from clsa_compile.config import Options
+from clsa_compile.kernels.sparse_attention.rows import LEAST_ROWS
 from clsa_compile.testing import Transcript, generate_steps, largest_difference, tiny
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,19 @@ def test_bf16_is_within_the_budget_of_eager(family: str) -> None:
     actual = generate_steps(torch.compile(half, backend="clsa"), model.config)
     budget = 2 * largest_difference(exact, expected) + 1e-2
     assert largest_difference(exact, actual) < budget
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_prompt_read_in_blocks_of_rows_equals_eager(cache: str) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = tiny("glm_moe_dsa").cuda()
+    sizes: dict[str, Any] = {"cache": cache, "prompt": LEAST_ROWS + 13, "length": 2 * LEAST_ROWS, "steps": 4}
+    expected = generate_steps(model, model.config, **sizes)
+    run = torch.compile(model, backend="clsa")
+    actual, codes = run_and_get_code(lambda: generate_steps(run, model.config, **sizes))
+    assert largest_difference(expected, actual) < 1e-4
+    assert "sparse_attention_rows" in "\n".join(codes)
 
 
 @pytest.mark.parametrize("family", ["llama", "glm_moe_dsa"])

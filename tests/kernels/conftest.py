@@ -123,9 +123,13 @@ class Judge:
         if bias is not None:
             allowed = allowed & (bias > torch.finfo(bias.dtype).min)
         if sparse:
-            from clsa_compile.ir.references import selected
+            from clsa_compile.ir.references import all_below, mask_bounds_reference, selected
 
-            chosen = selected(arguments[3], k.shape[2])
+            indices, dense_below = arguments[3], arguments[12] if len(arguments) > 12 else 0
+            if dense_below:
+                reach = mask_bounds_reference(q, mask, inputs, q.shape[1], k.shape[2], predicate)
+                indices = all_below(indices, reach, dense_below)
+            chosen = selected(indices, k.shape[2])
             repeats = 1 if chosen.shape[1] == 1 else q.shape[1] // chosen.shape[1]
             allowed = allowed & chosen.repeat_interleave(repeats, 1)
         return allowed.any(-1)

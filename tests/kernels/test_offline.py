@@ -21,6 +21,8 @@ WRITTEN = {
     "select_keep": {"scores_ptr"},
     "attention_rows": {"out_ptr", "lse_ptr"},
     "sparse_attention": {"part_ptr", "peak_ptr", "total_ptr", "out_ptr"},
+    "merge_rows": {"tokens_ptr", "readers_ptr", "count_ptr"},
+    "sparse_attention_rows": {"out_ptr"},
     "combine": {"out_ptr", "lse_ptr"},
     "index_scan_decode": {"scores_ptr"},
     "index_scan_rows": {"scores_ptr"},
