@@ -79,6 +79,7 @@ def test_layers_without_an_indexer_follow_the_one_that_they_follow_in_the_model(
         find(given, tokens, Asked(anchors=4), progress=False)
 
 
+@pytest.mark.slow
 def test_the_same_plan_again_and_nothing_judged_twice(
     searched: Found, selecting: Any, tokens: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_plan_of_another_model_is_an_error(
             clsa_compile.inspect(tiny("glm_moe_dsa"), input_ids=ids, use_cache=False, options={"share": plan})
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_not_reported_as_shared(
     uneven: Any, tokens: list[Tensor], passes: Any
 ) -> None:

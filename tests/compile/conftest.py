@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
@@ -98,7 +99,9 @@ class Traced:
         def run(*args: Any) -> Any:
             passes = self._passes
             if id(passes) not in made:
-                made[id(passes)] = passes, passes(gm, inputs)
+                # As where Dynamo compiles: code is made of a graph that is called, not after each pass.
+                with _use_lazy_graph_module(True):
+                    made[id(passes)] = passes, passes(gm, inputs)
             return made[id(passes)][1](*args)
 
         return run

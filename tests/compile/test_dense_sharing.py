@@ -129,9 +129,9 @@ SCHEDULES = [(2, "FSFSF"), (4, "FSSSF"), ("FFSSS", "FFSSS")]
 ATTENDED = [
     *((*schedule, prefill, "static") for schedule in SCHEDULES for prefill in ("dense", "sparse")),
     pytest.param(2, "FSFSF", "dense", "dynamic", marks=pytest.mark.slow),
-    (4, "FSSSF", "sparse", "dynamic"),
+    pytest.param(4, "FSSSF", "sparse", "dynamic", marks=pytest.mark.slow),
     ("FFSSS", "FFSSS", "sparse", "dynamic"),
-    (2, "FSFSF", "sparse", "none"),
+    pytest.param(2, "FSFSF", "sparse", "none", marks=pytest.mark.slow),
     (4, "FSSSF", "dense", "none"),
     ("FFSSS", "FFSSS", "dense", "none"),
 ]

@@ -107,7 +107,7 @@ def expected(model: nn.Module, plan: SharingPlan, cache: str, prompts: bool) -> 
         ("llama", "static", "dense"),
         ("llama", "static", "sparse"),
         pytest.param("llama", "dynamic", "dense", marks=pytest.mark.slow),
-        ("llama", "none", "sparse"),
+        pytest.param("llama", "none", "sparse", marks=pytest.mark.slow),
         pytest.param("qwen3", "static", "dense", marks=pytest.mark.slow),
         pytest.param("phi3", "dynamic", "sparse", marks=pytest.mark.slow),
     ],

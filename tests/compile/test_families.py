@@ -132,8 +132,8 @@ def test_softcaps_windows_and_sinks_equal_eager(name: str, passes: Any) -> None:
 @pytest.mark.parametrize(
     ("types", "indices"),
     [
-        (["full", "full", "full"], [(0,), (1,), (2,)]),
-        (["full", "shared", "shared"], [(0, 1, 2)]),
+        pytest.param(["full", "full", "full"], [(0,), (1,), (2,)], marks=pytest.mark.slow),
+        pytest.param(["full", "shared", "shared"], [(0, 1, 2)], marks=pytest.mark.slow),
         (["full", "shared", "full"], [(0, 1), (2,)]),
     ],
 )

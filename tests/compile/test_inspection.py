@@ -41,8 +41,14 @@ def tensors_of(cache: Any) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("cache", list(CACHES))
-@pytest.mark.parametrize("name", ["llama", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *(("llama", cache) for cache in CACHES),
+        ("glm_moe_dsa", "static"),
+        *(pytest.param("glm_moe_dsa", cache, marks=pytest.mark.slow) for cache in ("dynamic", "none")),
+    ],
+)
 @pytest.mark.usefixtures("without_inductor")
 def test_counts_are_those_of_a_compile(name: str, cache: str) -> None:
     model = tiny(name)

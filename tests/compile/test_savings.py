@@ -61,6 +61,7 @@ def test_dense_layers_that_attend_to_selected_tokens() -> None:
     assert found.weight_bytes == 0
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_where_nothing_is_shared() -> None:
     assert plan_of(glm()).savings is None
     # Every layer looks at everything to choose for itself.

@@ -111,7 +111,12 @@ class Lattice(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     ("schedule", "pool", "cache"),
-    [("FSRSS", 10, "static"), ("FRSRF", 9, "static"), ("FRSFR", 12, "static"), ("FRSRF", 9, "dynamic")],
+    [
+        ("FSRSS", 10, "static"),
+        ("FRSRF", 9, "static"),
+        ("FRSFR", 12, "static"),
+        pytest.param("FRSRF", 9, "dynamic", marks=pytest.mark.slow),
+    ],
 )
 def test_indexers_select_again_among_what_was_offered(
     schedule: str, pool: int, cache: str, passes: Any, traced: Any

@@ -354,7 +354,7 @@ CACHES = [
     pytest.param((Decoder, False), id="indexers, static cache"),
     pytest.param((dense, False), id="dense, static cache"),
     pytest.param((Decoder, True), id="indexers, growing cache"),
-    pytest.param((dense, True), id="dense, growing cache"),
+    pytest.param((dense, True), id="dense, growing cache", marks=pytest.mark.slow),
 ]
 
 
@@ -452,7 +452,10 @@ def test_no_token_sees_a_later_one(
     assert (passes.count("sparse") > 0) == (name != "deepseek_v4")
 
 
-@pytest.mark.parametrize(("name", "options"), [("glm_moe_dsa", {}), ("llama", {**MASS, "share": 2})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param("glm_moe_dsa", {}, marks=pytest.mark.slow), ("llama", {**MASS, "share": 2})],
+)
 def test_padding_changes_no_token(name: str, options: dict[str, Any], passes: Any) -> None:
     """A sequence longer than the selection, alone and behind padding."""
     passes.options = Options.read(options)

@@ -118,6 +118,7 @@ def test_tlparse_lists_what_became_of_the_graph(parsed: Path) -> None:
     assert json.loads(artifact(parsed, "clsa_choices"))[0]["variant"] == "sdpa"
 
 
+@pytest.mark.slow
 def test_inductors_kernels_point_at_the_models_lines(parsed: Path) -> None:
     kernels = json.loads(
         next(parsed.glob("*/inductor_provenance_tracking_kernel_stack_traces_*.json")).read_text()

@@ -60,8 +60,14 @@ def compare(attention: str, cache: str, backend: Any, keep: int = 0) -> None:
     torch.testing.assert_close(stores[1], stores[0], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("cache", ["static", "growing"])
-@pytest.mark.parametrize("attention", ["transformer", "yoco", "yoco-dsa", "yoco-clsa"])
+@pytest.mark.parametrize(
+    ("attention", "cache"),
+    [
+        *((attention, "static") for attention in ("transformer", "yoco", "yoco-dsa", "yoco-clsa")),
+        *(pytest.param(a, "growing", marks=pytest.mark.slow) for a in ("transformer", "yoco", "yoco-dsa")),
+        ("yoco-clsa", "growing"),
+    ],
+)
 def test_every_variant_equals_eager(attention: str, cache: str, passes: Any) -> None:
     compare(attention, cache, passes)
     assert passes.reasons == []

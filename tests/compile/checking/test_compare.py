@@ -78,6 +78,7 @@ def test_inductor_and_clsa_stand_side_by_side() -> None:
     assert all(0 <= d.inductor < d.budget for d in made.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_a_broken_layer_is_found_and_named(broken: Broken) -> None:
     broken(2)

@@ -107,6 +107,7 @@ def test_another_plan_in_the_same_package(small: Any, tmp_path: Path, altered: A
         clsa_compile.load(path)
 
 
+@pytest.mark.slow
 def test_native_code_of_another_plan(decoder: Any, tmp_path: Path, altered: Altered) -> None:
     import hashlib
 
