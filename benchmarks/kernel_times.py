@@ -13,6 +13,7 @@ import math
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -125,9 +126,12 @@ ROWS = (
     Shape(1, 8192), Shape(256, 8192), Shape(1, 1048576), Shape(32, 1048576), Shape(256, 1048576),
 )  # fmt: skip
 H, HKV, D, TOPK = 24, 8, 128, 2048
-# Calls in one graph: its start costs some microseconds.
-CALLS = 16
-SLOW = 1000.0  # microseconds; slower calls are made one to a graph
+# A graph holds calls worth so many microseconds, for its start costs some; and no more calls than this.
+GRAPH_US = 4000.0
+MOST_CALLS = 64
+# It is replayed for so many seconds first: a GPU that waited for a compiler has its clocks down.
+WARM_SECONDS = 0.05
+SLOW = 1000.0  # microseconds; slower calls are repeated less often
 
 
 def straight(kernel: Any) -> Any:
@@ -136,33 +140,32 @@ def straight(kernel: Any) -> Any:
 
 
 def graph_time(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    """Gives the median microseconds of one call, CALLS of them recorded into one CUDA graph."""
+    """Gives the median microseconds of one call, many of them recorded into one CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):
             for call in calls:
                 call()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        calls[0]()
-        end.record()
-    torch.cuda.synchronize()
-    slow = 1e3 * start.elapsed_time(end) > SLOW
-    many = list(islice(cycle(calls), 1 if slow else max(CALLS, len(calls))))
+        once = elapsed(calls[0])
+    many = list(islice(cycle(calls), max(1, len(calls), min(MOST_CALLS, int(GRAPH_US / once)))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in many:
             call()
-    times = []
-    for _ in range((5 if slow else repeats) + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(many))
-    del graph
-    return statistics.median(times[3:])
+    warm = time.perf_counter() + WARM_SECONDS
+    while time.perf_counter() < warm:
+        elapsed(graph.replay)
+    return statistics.median(elapsed(graph.replay) for _ in range(5 if once > SLOW else repeats)) / len(many)
+
+
+def elapsed(call: Callable[[], object]) -> float:
+    """Gives the microseconds between two CUDA events around a call, and waits for its end."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * start.elapsed_time(end)
 
 
 def sets_for(bytes_read: int) -> int:

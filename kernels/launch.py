@@ -231,8 +231,8 @@ def combine(
     """Merges the splits in `scratch` into out [B, S, H, Dv] and lse [B, H, S]."""
     b, s, h, dv = out.shape
     splits = scratch["peak_ptr"].shape[-1]
-    # Keeps one program's tile of sums at 4096 numbers.
-    block = max(16, min(power_of_two(dv), 64, 4096 // splits))
+    # One warp, so that nothing waits for other warps, and tiles of 1024 sums: 32 of them a thread.
+    block = max(16, min(power_of_two(dv), 64, 1024 // splits))
     jit = kernel("combine", sinks=sinks is not None, with_lse=lse is not None)
     args: dict[str, Any] = {**scratch, **sinks_arguments(sinks)}
     if lse is not None:
@@ -245,6 +245,6 @@ def combine(
         DV=dv,
         NSPLIT=splits,
         BLOCK_E=block,
-        num_warps=4,
+        num_warps=1,
         num_stages=1,
     )
