@@ -29,7 +29,7 @@ endif
 
 help:
 	@echo "make demo     generate text with a small trained model: eager, Inductor and clsa"
-	@echo "make test     the tests that need no GPU and no patience: 20 minutes on two slow cores"
+	@echo "make test     the tests that need no GPU and no patience: 15 minutes on two cores"
 	@echo "make slow     the others of them (PYTEST_ARGS=--exhaustive for all there is: an hour)"
 	@echo "make lint     ruff and mypy"
 	@echo "make kernels  compile every kernel for every GPU architecture, no GPU needed"
@@ -75,7 +75,7 @@ kernels: $(READY)
 
 gpu: $(READY)
 	mkdir -p $(OUT)
-	$(RUN) -m pytest -q -m gpu --slow -n 10 $(PYTEST_ARGS)
+	$(RUN) -m pytest -q -m gpu --slow -n auto --maxprocesses 14 --dist worksteal $(PYTEST_ARGS)
 	$(RUN) benchmarks/kernels.py --out $(OUT)/kernels.json --plot $(OUT)/roofline.png
 
 bench: $(READY)
