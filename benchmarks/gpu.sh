@@ -48,8 +48,8 @@ sanitize() { # tool: the GPU tests of all kernels, dealt out to processes that e
 }
 for part in $parts; do
   case $part in
-    tests) run tests timeout 280 python3 -m pytest tests/kernels tests/compile/test_dispatch.py -m gpu --slow -q -n 12 -p no:cacheprovider ;;
-    models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 12 -p no:cacheprovider ;;
+    tests) run tests timeout 280 python3 -m pytest tests/kernels tests/compile/test_dispatch.py -m gpu --slow -q -n 12 --dist worksteal -p no:cacheprovider ;;
+    models) run models timeout 400 python3 -m pytest tests/compile/test_cuda.py -m gpu -q -n 12 --dist worksteal -p no:cacheprovider ;;
     kernels) run kernels timeout 200 python3 benchmarks/kernels.py --out "$out/kernels.json" --plot "$out/roofline.png" ;;
     first-use) run first-use timeout 200 python3 benchmarks/first_use.py ;;
     memcheck | racecheck) run "$part" sanitize "$part" ;;

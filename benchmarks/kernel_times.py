@@ -41,7 +41,7 @@ from clsa_compile.kernels.launch import Wrap
 
 CUDA = torch.device("cuda")
 LAUNCH = {(v.op, v.name): v.launch for v in VARIANTS}
-# Ten times the L2 cache of an H100 or H200; where a tensor lies in memory matters too, by a tenth.
+# Ten times the L2 cache of an H100 or H200.
 COLD_BYTES = 512 * 2**20
 MOST_SETS = 16
 
@@ -129,7 +129,7 @@ H, HKV, D, TOPK = 24, 8, 128, 2048
 # A graph holds calls worth so many microseconds, for its start costs some; and no more calls than this.
 GRAPH_US = 4000.0
 MOST_CALLS = 64
-# It is replayed for so many seconds first: a GPU that waited for a compiler has its clocks down.
+# It is replayed for so many seconds first: a GPU that waits for a compiler lowers its clocks.
 WARM_SECONDS = 0.05
 SLOW = 1000.0  # microseconds; slower calls are repeated less often
 

@@ -119,7 +119,7 @@ def read_bandwidth(device: torch.device) -> float:
     size = 2**30 if device.type == "cuda" else 2**26
     data = torch.ones(size, dtype=torch.float32, device=device)
     best = float("inf")
-    for _ in range(20):
+    for _ in range(20):  # the first may find a GPU's clocks down
         synchronize(device)
         begin = time.perf_counter()
         data.sum()
